@@ -1,0 +1,212 @@
+"""The interface of a method: Lightning's hooks plus the federated ones.
+
+A method is a :class:`SparsityCallback`. Its Lightning hooks do the local work and behave the same in a plain
+``Trainer`` and in a client's round; its client hooks see the round's beginning and end on a client, its server hooks
+run in the main process only. A method that changes the weights that forward and backward use derives from
+:class:`EffectiveWeightCallback` and says *how* by one :class:`~lightning_fedsparse.effective.Transform`; the engine
+knows *when*.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_fedsparse.effective import EffectiveWeights, Transform
+from lightning_fedsparse.rounds import ClientRound, ServerRound
+from lightning_fedsparse.schedules import Progress
+from lightning_fedsparse.server import ServerState
+from lightning_fedsparse.update import SparseUpdate
+
+__all__ = ["CallbackList", "EffectiveWeightCallback", "SparsityCallback"]
+
+
+class CallbackList(list[pl.Callback]):
+    """The callbacks of a composed method, such as ``feddip()``: a plain list that a recipe can name by one path."""
+
+
+class SparsityCallback(pl.Callback):
+    """Base of every method; all hooks are optional.
+
+    ``client_round`` is None in a plain Trainer. In a federation the loop gives every client round a pristine copy of
+    the callback, loads the client's memory into it, sets ``client_round`` and calls the client hooks.
+    """
+
+    client_round: ClientRound | None = None
+
+    def on_client_round_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, client_round: ClientRound
+    ) -> None:
+        """On the client, after the broadcast was loaded into ``pl_module`` and before ``fit``."""
+
+    def on_client_round_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, update: SparseUpdate
+    ) -> SparseUpdate:
+        """On the client, after ``fit``: may replace the update that is about to be sent."""
+        return update
+
+    def on_server_start(self, pl_module: pl.LightningModule, state: ServerState, seed: int) -> ServerState:
+        """On the server, before round 0 (and before a checkpoint replaces ``state``); ``seed`` is for own draws."""
+        return state
+
+    def on_server_round_end(self, state: ServerState, server_round: ServerRound) -> ServerState:
+        """On the server, after the server step of a round: masks move here."""
+        return state
+
+    def extra_upload_values(self, state: ServerState, server_round: ServerRound) -> int:
+        """How many values this method's uploads of the round may hold beyond the broadcast's support."""
+        return 0
+
+    def client_state_dict(self) -> dict[str, Any]:
+        """What the client remembers until its next round (tensors and primitives); empty for stateless methods."""
+        return {}
+
+    def load_client_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what :meth:`client_state_dict` returned in the client's previous round."""
+
+    def progress(self, trainer: pl.Trainer) -> Progress:
+        """How far the run is: rounds in a federation, optimizer steps in a plain Trainer.
+
+        Raises:
+            ValueError: By the schedule that uses it, if the Trainer has no end (``max_epochs=-1``).
+        """
+        if self.client_round is not None:
+            return self.client_round.progress
+        # under manual optimization every optimizer counts its own steps: take them as one
+        optimizers = 1 if trainer.lightning_module.automatic_optimization else max(1, len(trainer.optimizers))
+        total = trainer.estimated_stepping_batches
+        return Progress(trainer.global_step // optimizers, total)
+
+
+class EffectiveWeightCallback(SparsityCallback):
+    """A method that computes with effective weights; its hooks drive the module's engine."""
+
+    @abstractmethod
+    def transform(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Transform | None:
+        """The step between stored and effective weights at this moment; None while there is none."""
+
+    @property
+    def folds(self) -> bool:
+        """Whether the module is to hold the effective weights after a plain ``fit``."""
+        return False
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._register(trainer, pl_module)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        engine = EffectiveWeights.of(pl_module)
+        if engine.is_driven_by(self):
+            engine.attach_optimizers(trainer, pl_module, self)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        engine = EffectiveWeights.of(pl_module)
+        if engine.is_driven_by(self):
+            engine.batch_start()
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        engine = EffectiveWeights.of(pl_module)
+        if engine.is_driven_by(self):
+            engine.before_step(optimizer)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        EffectiveWeights.of(pl_module).batch_end()
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # on_train_batch_start may have returned -1, which skips the rest of the epoch and its on_train_batch_end
+        EffectiveWeights.of(pl_module).batch_end()
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        EffectiveWeights.of(pl_module).batch_end()
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # only here, after weight averaging has put its average into the module at on_train_end
+        engine = EffectiveWeights.of(pl_module)
+        if self.folds and self.client_round is None:
+            engine.fold(self)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        EffectiveWeights.of(pl_module).unregister(self)
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        EffectiveWeights.of(pl_module).unregister(self)
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        EffectiveWeights.of(pl_module).restore_in(checkpoint["state_dict"])
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._register(trainer, pl_module)
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._register(trainer, pl_module)
+
+    @override
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._register(trainer, pl_module)
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._swap_in(pl_module)
+
+    @override
+    def on_test_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._swap_in(pl_module)
+
+    @override
+    def on_predict_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._swap_in(pl_module)
+
+    @override
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        EffectiveWeights.of(pl_module).swap_out()
+
+    @override
+    def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        EffectiveWeights.of(pl_module).swap_out()
+
+    @override
+    def on_predict_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        EffectiveWeights.of(pl_module).swap_out()
+
+    def _register(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        transform = self.transform(trainer, pl_module)
+        if transform is not None:
+            EffectiveWeights.of(pl_module).register(self, transform, pl_module)
+
+    def _swap_in(self, pl_module: pl.LightningModule) -> None:
+        engine = EffectiveWeights.of(pl_module)
+        if engine.is_driven_by(self):
+            engine.swap_in()

@@ -1,0 +1,44 @@
+"""Checks of what a user passes in, each one sentence."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any
+
+import lightning.pytorch as pl
+
+__all__ = ["require_lightning", "require_trainer_arguments"]
+
+
+def require_lightning(value: object, kind: type, what: str) -> None:
+    """Require an instance of a ``lightning.pytorch`` class.
+
+    ``lightning.pytorch`` and ``pytorch_lightning`` are two copies of the same code, and ``isinstance`` fails across.
+
+    Raises:
+        TypeError: Saying so if the value is of the other copy's class.
+    """
+    if isinstance(value, kind):
+        return
+    if any(base.__module__.partition(".")[0] == "pytorch_lightning" for base in type(value).__mro__):
+        raise TypeError(
+            f"expected {what} built on lightning.pytorch, got {type(value).__name__} built on pytorch_lightning: "
+            "import lightning.pytorch instead"
+        )
+    raise TypeError(f"expected {what} to be a lightning.pytorch {kind.__name__}, got {type(value).__name__}")
+
+
+def require_trainer_arguments(arguments: Mapping[str, Any]) -> None:
+    """Require keyword arguments of ``lightning.pytorch.Trainer``.
+
+    Raises:
+        ValueError: Naming the first unknown one and the near matches.
+    """
+    known = list(inspect.signature(pl.Trainer.__init__).parameters)[1:]
+    for name in arguments:
+        if name not in known:
+            near = get_close_matches(name, known, n=3)
+            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+            raise ValueError(f"expected an argument of lightning.pytorch.Trainer, got {name!r}{hint}")

@@ -1,0 +1,225 @@
+"""One client's round: state in, ``Trainer.fit``, update out.
+
+A :class:`ClientWorker` is the client's side of the wire. It sees bytes, the client's data and the client's memory, and
+nothing of the server: masks arrive with the broadcast only.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from lightning_fedsparse.callbacks.base import SparsityCallback
+from lightning_fedsparse.data import FederatedDataModule
+from lightning_fedsparse.payload import decode, encode
+from lightning_fedsparse.quiet import QUIET_TRAINER, quiet_lightning
+from lightning_fedsparse.rounds import ClientRound
+from lightning_fedsparse.update import MaskSet, SparseUpdate, gather, scatter_
+
+__all__ = ["KEPT_MASK_VERSIONS", "ClientJob", "ClientResult", "ClientWorker"]
+
+# A client that missed more versions gets full positions again.
+KEPT_MASK_VERSIONS = 4
+
+
+@dataclass(frozen=True)
+class ClientJob:
+    """What a worker needs to run one client's round.
+
+    Args:
+        client_id: Id of the client.
+        index: Round, from 0.
+        total: Rounds of the federation.
+        seed: Seed of this client in this round.
+        payload: Encoded broadcast.
+        reference_id: Id of the masks that the broadcast leans on, if it leans on any.
+        memory: What the client's callbacks remember, by their state key.
+    """
+
+    client_id: str
+    index: int
+    total: int
+    seed: int
+    payload: bytes
+    reference_id: str | None
+    memory: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ClientResult:
+    """What came back from one client's round.
+
+    Args:
+        client_id: Id of the client.
+        payload: Encoded upload.
+        memory: What the client's callbacks remember until its next round, by their state key.
+        seconds: Wall time of the client's round.
+    """
+
+    client_id: str
+    payload: bytes
+    memory: Mapping[str, Any]
+    seconds: float
+
+
+class ClientWorker:
+    """Runs client rounds one after the other on one resident module.
+
+    Args:
+        module: The user's LightningModule; its weights are overwritten at each round's start.
+        data: The clients' data.
+        callbacks: Sparsity and plain Lightning callbacks; every client round gets pristine copies.
+        trainer: Keyword arguments of the clients' ``Trainer``.
+        local_buffers: Keep each client's buffers (BatchNorm statistics) on the client instead of sending them.
+        threads: Torch threads during a client's round: part of what makes results repeatable.
+    """
+
+    def __init__(
+        self,
+        module: pl.LightningModule,
+        data: FederatedDataModule,
+        callbacks: Sequence[pl.Callback],
+        trainer: Mapping[str, Any],
+        *,
+        local_buffers: bool = False,
+        threads: int = 1,
+    ) -> None:
+        self._module = module
+        self._data = data
+        self._callbacks = list(callbacks)
+        self._trainer = dict(trainer)
+        self._local_buffers = local_buffers
+        self._threads = threads
+        self._masks: OrderedDict[str, MaskSet] = OrderedDict()
+
+    def hold(self, versions: Iterable[MaskSet]) -> None:
+        """Take mask versions that the clients are known to hold, oldest first."""
+        for masks in versions:
+            self._masks[masks.id] = masks
+            self._masks.move_to_end(masks.id)
+        while len(self._masks) > KEPT_MASK_VERSIONS:
+            self._masks.popitem(last=False)
+
+    def run(self, job: ClientJob) -> ClientResult:
+        """Run one client's round.
+
+        Raises:
+            RuntimeError: If the fit took no optimizer step or its loss is not finite.
+        """
+        started = time.perf_counter()
+        masks = self._load_broadcast(job)
+        client = self._data.client(job.client_id)
+        callbacks = copy.deepcopy(self._callbacks)
+        probe = _Probe()
+        client_round = ClientRound(job.index, job.total, job.client_id, job.seed, masks)
+        threads = torch.get_num_threads()
+        with isolate_rng(), quiet_lightning():
+            torch.set_num_threads(self._threads)
+            try:
+                _seed_generators(job.seed)
+                trainer = pl.Trainer(**{**QUIET_TRAINER, **self._trainer, "callbacks": [*callbacks, probe]})
+                methods = [callback for callback in callbacks if isinstance(callback, SparsityCallback)]
+                self._start_round(trainer, methods, client_round, job.memory)
+                trainer.fit(self._module, train_dataloaders=client.train_loader(), val_dataloaders=client.val_loader())
+                update = self._make_update(job, masks, client.num_examples, probe.mean_loss(trainer, job))
+                for method in methods:
+                    update = method.on_client_round_end(trainer, self._module, update)
+            finally:
+                torch.set_num_threads(threads)
+        memory = {method.state_key: state for method in methods if (state := method.client_state_dict())}
+        if self._local_buffers:
+            memory[_BUFFERS] = {name: tensor.clone() for name, tensor in self._buffers().items()}
+        payload = encode(update, reference=masks)
+        return ClientResult(job.client_id, payload, memory, time.perf_counter() - started)
+
+    def _load_broadcast(self, job: ClientJob) -> MaskSet:
+        reference = None if job.reference_id is None else self._masks[job.reference_id]
+        broadcast = decode(job.payload, reference=reference)
+        masks = broadcast.masks if isinstance(broadcast.masks, MaskSet) else MaskSet.of(broadcast.masks)
+        self.hold([masks])
+        scatter_(dict(self._module.named_parameters()), broadcast)
+        buffers = job.memory.get(_BUFFERS, broadcast.buffers) if self._local_buffers else broadcast.buffers
+        with torch.no_grad():
+            for name, buffer in self._buffers().items():
+                buffer.copy_(buffers[name])
+        return masks
+
+    def _start_round(
+        self,
+        trainer: pl.Trainer,
+        methods: Sequence[SparsityCallback],
+        client_round: ClientRound,
+        memory: Mapping[str, Any],
+    ) -> None:
+        for method in methods:
+            method.client_round = client_round
+            if method.state_key in memory:
+                method.load_client_state_dict(memory[method.state_key])
+        for method in methods:
+            method.on_client_round_start(trainer, self._module, client_round)
+
+    def _make_update(self, job: ClientJob, masks: MaskSet, num_examples: int, loss: float | None) -> SparseUpdate:
+        return SparseUpdate(
+            values=gather(dict(self._module.named_parameters()), masks),
+            masks=masks,
+            num_examples=num_examples,
+            buffers={} if self._local_buffers else {name: b.detach().clone() for name, b in self._buffers().items()},
+            metrics={} if loss is None else {"train_loss": loss},
+            mask_id=None if masks.is_dense else masks.id,
+        )
+
+    def _buffers(self) -> dict[str, Tensor]:
+        persistent = self._module.state_dict().keys()
+        return {name: buffer for name, buffer in self._module.named_buffers() if name in persistent}
+
+
+_BUFFERS = "buffers"
+
+
+class _Probe(pl.Callback):
+    """Adds up the training loss on its device and reads it once, at the end."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._batches = 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor):
+            # Lightning has divided the loss by the number of accumulated batches for the backward pass
+            loss = loss.detach() * trainer.accumulate_grad_batches
+            self._sum = loss if self._sum is None else self._sum + loss
+            self._batches += 1
+
+    def mean_loss(self, trainer: pl.Trainer, job: ClientJob) -> float | None:
+        where = f"client {job.client_id!r} in round {job.index + 1}"
+        if trainer.global_step == 0:
+            raise RuntimeError(
+                f"expected at least one optimizer step, got none from {where}: its loader gave no batch, or the "
+                "Trainer's limits (max_epochs, max_steps, limit_train_batches) allow none"
+            )
+        if self._sum is None:
+            return None
+        mean = float(self._sum) / self._batches
+        if not np.isfinite(mean):
+            raise RuntimeError(f"expected a finite training loss, got {mean} from {where}: lower the learning rate")
+        return mean
+
+
+def _seed_generators(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

@@ -1,0 +1,15 @@
+"""Data sets: readers, downloads and the data modules of the recipes."""
+
+from lightning_fedsparse.datasets.arrays import ArrayDataModule, ArrayDataset
+from lightning_fedsparse.datasets.cifar10 import CIFAR10DataModule
+from lightning_fedsparse.datasets.mnist import FashionMNISTDataModule, MNISTDataModule
+from lightning_fedsparse.datasets.optdigits import OptdigitsDataModule
+
+__all__ = [
+    "ArrayDataModule",
+    "ArrayDataset",
+    "CIFAR10DataModule",
+    "FashionMNISTDataModule",
+    "MNISTDataModule",
+    "OptdigitsDataModule",
+]

@@ -1,0 +1,301 @@
+"""The swap engine: stored weight <-> effective weight, and the chain rule back.
+
+Every method here maps the *stored* dense weight (the plain ``nn.Parameter``: what ``state_dict``, the optimizer and
+checkpoints see) to the *effective* weight that forward and backward use. One engine per module writes the effective
+weights into the parameters before a batch, and before the optimizer steps it turns the gradients at the effective
+weights into gradients at the stored ones and puts the stored weights back. No parameter is renamed, wrapped or
+replaced, so ``deepcopy``, pickling, ``torch.compile``, checkpointing and weight averaging keep working.
+
+=====================================  =========================================================================
+Lightning's event                      what the engine does
+=====================================  =========================================================================
+``on_train_batch_start``               swap in (idempotent)
+``on_before_optimizer_step``           chain rule and swap out, for the parameters of that optimizer
+step post hook, manual optimization    swap those parameters in again for the rest of ``training_step``
+batch, epoch, train end, exception     swap out, whatever happened
+validation, test, predict              swap in and out around each batch
+=====================================  =========================================================================
+
+Copies run under ``no_grad`` and never through ``.data``: autograd's version counters see them, so a graph that is
+used across a swap raises instead of being silently wrong.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import ClassVar
+from weakref import WeakKeyDictionary
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+from torch.utils.hooks import RemovableHandle
+
+__all__ = ["EffectiveWeights", "MaskTransform", "Transform"]
+
+Weights = Mapping[str, Tensor]
+
+
+class Transform(ABC):
+    """One step between stored and effective weights, over the weights named ``names``.
+
+    ``order`` fixes the place in the chain whatever the order of the callbacks: reparametrizations (0) see the stored
+    weight, masks (1) come next, and penalties (2), which change no weight, see the effective one.
+    """
+
+    order: ClassVar[int]
+    changes_weights: ClassVar[bool] = True
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = frozenset(names)
+
+    @abstractmethod
+    def apply_(self, weights: Weights) -> None:
+        """Turn weights into effective weights in place; called under ``no_grad`` with a subset of ``names``."""
+
+    @abstractmethod
+    def chain_(self, gradients: Weights, stored: Weights, effective: Weights) -> None:
+        """Bring gradients back through this step in place; all three mappings have the same keys."""
+
+
+class MaskTransform(Transform):
+    """``w_eff = w * m``; the gradient is ``g * m``, or ``g`` when ``straight_through`` is set.
+
+    Straight through is dynamic pruning with (error) feedback: the dense gradient at the pruned weights updates the
+    stored weights, so a pruned weight keeps learning and can come back (Lin et al., "Dynamic Model Pruning with
+    Feedback", ICLR 2020).
+
+    Args:
+        masks: Bool tensors (True = kept) by parameter name.
+    """
+
+    order = 1
+
+    def __init__(self, masks: Weights) -> None:
+        super().__init__(list(masks))
+        self.straight_through = False
+        self._factors = dict(masks)
+
+    def set(self, masks: Weights) -> None:
+        """Replace the masks of the same names. Call it inside :meth:`EffectiveWeights.stored`."""
+        if masks.keys() != self._factors.keys():
+            raise ValueError(f"expected masks for {sorted(self._factors)}, got {sorted(masks)}")
+        self._factors = dict(masks)
+
+    def apply_(self, weights: Weights) -> None:
+        """Multiply weights by their masks."""
+        if weights:
+            torch._foreach_mul_(list(weights.values()), self._like(weights))
+
+    def chain_(self, gradients: Weights, stored: Weights, effective: Weights) -> None:
+        """Multiply gradients by the masks, unless straight through."""
+        if gradients and not self.straight_through:
+            torch._foreach_mul_(list(gradients.values()), self._like(gradients))
+
+    def _like(self, tensors: Weights) -> list[Tensor]:
+        # a float factor of the tensor's own dtype multiplies several times faster than a bool mask does
+        for name, tensor in tensors.items():
+            factor = self._factors[name]
+            if factor.dtype != tensor.dtype or factor.device != tensor.device:
+                self._factors[name] = factor.to(tensor)
+        return [self._factors[name] for name in tensors]
+
+
+class EffectiveWeights:
+    """The engine of one module; get it with :meth:`of`. It lives beside the module, never on it.
+
+    Owners (callbacks) register one transform each; the first one registered *drives* the engine, so that each event is
+    handled once however many owners there are.
+    """
+
+    _engines: ClassVar[WeakKeyDictionary[nn.Module, EffectiveWeights]] = WeakKeyDictionary()
+
+    def __init__(self) -> None:
+        self._owners: dict[int, Transform] = {}
+        self._chain: list[Transform] = []
+        self._parameters: dict[str, nn.Parameter] = {}
+        self._stored: dict[str, Tensor] = {}
+        self._inside: set[str] = set()
+        self._handles: list[RemovableHandle] = []
+        self._in_batch = False
+
+    @classmethod
+    def of(cls, module: nn.Module) -> EffectiveWeights:
+        """The engine of ``module``, made at the first call."""
+        engine = cls._engines.get(module)
+        if engine is None:
+            engine = cls._engines[module] = cls()
+        return engine
+
+    # -- registration ----------------------------------------------------------------------------------------------
+
+    def register(self, owner: object, transform: Transform, module: nn.Module) -> None:
+        """Add (or replace) the owner's transform and bind it to the module's parameters as they are now.
+
+        Raises:
+            ValueError: If a name of the transform is not a parameter of the module.
+        """
+        self.swap_out()
+        self._parameters = dict(module.named_parameters())
+        missing = transform.names - self._parameters.keys()
+        if missing:
+            raise ValueError(
+                f"{type(module).__name__} has no parameter {min(missing)!r}, which {owner!r} wants to change"
+            )
+        self._owners[id(owner)] = transform
+        self._chain = sorted(self._owners.values(), key=lambda step: step.order)
+
+    def unregister(self, owner: object) -> None:
+        """Put the stored weights back and forget the owner's transform; a no-op for an unknown owner."""
+        self.swap_out()
+        if self._owners.pop(id(owner), None) is not None:
+            self._chain = sorted(self._owners.values(), key=lambda step: step.order)
+        if not self._owners:
+            self._stored.clear()
+            self._parameters.clear()
+            self.detach_optimizers()
+
+    def is_driven_by(self, owner: object) -> bool:
+        """Whether ``owner`` was registered first, so that its hooks drive the engine."""
+        return next(iter(self._owners), None) == id(owner)
+
+    def transform_of(self, owner: object) -> Transform:
+        """The transform that the owner registered."""
+        return self._owners[id(owner)]
+
+    @property
+    def masks(self) -> list[MaskTransform]:
+        """The registered mask transforms."""
+        return [step for step in self._chain if isinstance(step, MaskTransform)]
+
+    # -- the swap --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def swap_in(self, names: frozenset[str] | None = None) -> None:
+        """Keep the stored weights aside and write the effective ones into the parameters; idempotent."""
+        changed = frozenset().union(*(step.names for step in self._chain if step.changes_weights))
+        wanted = [name for name in changed if name not in self._inside and (names is None or name in names)]
+        if not wanted:
+            return
+        weights = {name: self._parameters[name] for name in wanted}
+        for name, weight in weights.items():
+            kept = self._stored.get(name)
+            if kept is None or kept.device != weight.device or kept.dtype != weight.dtype:
+                self._stored[name] = torch.empty_like(weight, requires_grad=False)
+        torch._foreach_copy_([self._stored[name] for name in wanted], list(weights.values()))
+        self._inside.update(wanted)
+        for step in self._chain:
+            step.apply_({name: weight for name, weight in weights.items() if name in step.names})
+
+    @torch.no_grad()
+    def swap_out(self, names: frozenset[str] | None = None) -> None:
+        """Put the stored weights back; idempotent."""
+        wanted = [name for name in self._inside if names is None or name in names]
+        if wanted:
+            torch._foreach_copy_([self._parameters[name] for name in wanted], [self._stored[name] for name in wanted])
+            self._inside.difference_update(wanted)
+
+    @contextmanager
+    def stored(self) -> Iterator[None]:
+        """Within this context the parameters hold the stored weights; afterwards what was inside is inside again."""
+        inside = frozenset(self._inside)
+        self.swap_out()
+        try:
+            yield
+        finally:
+            if inside:
+                self.swap_in(inside)
+
+    @torch.no_grad()
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Chain rule for the gradients of the optimizer's parameters, then their stored weights back."""
+        names = self._names_in(optimizer)
+        self.swap_in(names)  # a step outside a training batch still sees the rule
+        gradients = {
+            name: parameter.grad for name in sorted(names) if (parameter := self._parameters[name]).grad is not None
+        }
+        for step in reversed(self._chain):
+            mine = {name: gradient for name, gradient in gradients.items() if name in step.names}
+            step.chain_(
+                mine,
+                {name: self._stored[name] if name in self._inside else self._parameters[name] for name in mine},
+                {name: self._parameters[name] for name in mine},
+            )
+        self.swap_out(names)
+
+    @torch.no_grad()
+    def fold(self, owner: object) -> None:
+        """Write the effect of the owner's transform into the stored weights for good."""
+        self.swap_out()
+        transform = self._owners[id(owner)]
+        transform.apply_({name: self._parameters[name] for name in transform.names})
+
+    @torch.no_grad()
+    def fold_all(self) -> None:
+        """Write the effect of all transforms into the stored weights for good, in their order."""
+        self.swap_out()
+        for step in self._chain:
+            step.apply_({name: self._parameters[name] for name in step.names})
+
+    def restore_in(self, state_dict: dict[str, Tensor]) -> None:
+        """Replace swapped-in parameters of a state dict by what is stored, so that a checkpoint never holds others."""
+        for name in self._inside:
+            held = state_dict.get(name)
+            # weight averaging may have put its own tensors there by now: those are stored weights already
+            if held is not None and held.data_ptr() == self._parameters[name].data_ptr():
+                state_dict[name] = self._stored[name].clone()
+
+    # -- optimizers ------------------------------------------------------------------------------------------------
+
+    def attach_optimizers(self, trainer: pl.Trainer, pl_module: pl.LightningModule, driver: pl.Callback) -> None:
+        """Check the optimizers and, under manual optimization, have each swap its parameters in after it stepped.
+
+        Raises:
+            ValueError: For LBFGS, which evaluates its closure several times per step, and for a ``WeightAveraging``
+                callback before the driver under manual optimization: it would average effective weights.
+        """
+        for optimizer in trainer.optimizers:
+            if isinstance(optimizer, LBFGS):
+                raise ValueError(
+                    "expected an optimizer that evaluates its closure once per step, got LBFGS: effective weights can't "
+                    "be swapped inside its line search"
+                )
+        if pl_module.automatic_optimization:
+            return
+        before = trainer.callbacks[: trainer.callbacks.index(driver)]  # type: ignore[attr-defined]
+        if any(isinstance(callback, WeightAveraging) for callback in before):
+            raise ValueError(
+                f"expected WeightAveraging after {type(driver).__name__} in the Trainer's callbacks under manual "
+                "optimization, got it before: it would average effective instead of stored weights"
+            )
+        self.detach_optimizers()
+        self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in trainer.optimizers]
+
+    def detach_optimizers(self) -> None:
+        """Remove the step post hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def batch_start(self) -> None:
+        """Swap in for a training batch."""
+        self._in_batch = True
+        self.swap_in()
+
+    def batch_end(self) -> None:
+        """Swap out after a training batch, whatever happened in it."""
+        self._in_batch = False
+        self.swap_out()
+
+    def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        if self._in_batch:
+            self.swap_in(self._names_in(optimizer))
+
+    def _names_in(self, optimizer: Optimizer) -> frozenset[str]:
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        touched = frozenset().union(*(step.names for step in self._chain))
+        return frozenset(name for name in touched if id(self._parameters[name]) in stepped)

@@ -1,0 +1,1 @@
+"""Where client rounds run."""

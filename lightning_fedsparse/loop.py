@@ -1,0 +1,388 @@
+"""FederatedLoop: the eight steps of a round, and nothing else.
+
+::
+
+    for round in 0..rounds-1:
+        1 sample       clients of this round, from (seed, round)
+        2 broadcast    state -> bytes, per client
+        3 train        Trainer.fit with the client's callbacks
+        4 update       what changed, on its mask; callbacks may transform it
+        5 upload       update -> bytes
+        6 aggregate    streaming, in cohort order
+        7 server step  optimizer on the mean update; masks move
+        8 record       RoundRecord -> JSONL, loggers, table; checkpoint
+
+Steps 3 to 5 are the client's (:mod:`lightning_fedsparse.client`): what crosses between is bytes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import Logger
+from torch import Tensor
+
+from lightning_fedsparse.aggregation import Aggregator, WeightedMean
+from lightning_fedsparse.broadcasting import Broadcaster, pack_masks, unpack_masks
+from lightning_fedsparse.callbacks.base import CallbackList, SparsityCallback
+from lightning_fedsparse.checkpoint import load_checkpoint, save_checkpoint
+from lightning_fedsparse.checks import require_lightning, require_trainer_arguments
+from lightning_fedsparse.client import ClientJob, ClientResult, ClientWorker
+from lightning_fedsparse.console import Console
+from lightning_fedsparse.data import FederatedDataModule
+from lightning_fedsparse.evaluation import Evaluation, evaluate, evaluate_clients, recalibrate
+from lightning_fedsparse.executors.local import Executor, LocalExecutor
+from lightning_fedsparse.payload import PayloadError, check_update, decode
+from lightning_fedsparse.records import RoundRecord, append_record, read_history, rewrite_history
+from lightning_fedsparse.rounds import ServerRound
+from lightning_fedsparse.sampling import UniformSampling
+from lightning_fedsparse.seeding import derive_seed
+from lightning_fedsparse.server import OptimizerFactory, ServerOptimizer, ServerState
+from lightning_fedsparse.update import SparseUpdate
+
+__all__ = ["FederatedLoop"]
+
+
+@dataclass
+class _Tally:
+    """What one round counts as it goes."""
+
+    sampled: int = 0
+    returned: int = 0
+    bytes_down: int = 0
+    bytes_up: int = 0
+    loss_sum: float = 0.0
+    loss_examples: int = 0
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+class FederatedLoop:
+    """Federated training of a LightningModule over many clients, with real sparse bytes between them.
+
+    Args:
+        rounds: Rounds to run, at least 1.
+        clients_per_round: Clients that take part in each round.
+        callbacks: Methods, such as ``feddip()``; none is dense FedAvg.
+        trainer: Keyword arguments of the clients' ``lightning.pytorch.Trainer``, such as ``{"max_epochs": 5}`` (local
+            epochs, 1 if neither epochs nor steps are given). Plain Lightning callbacks go here; every client round gets
+            pristine copies of them.
+        aggregator: How updates are merged; ``WeightedMean()`` (FedAvg) if None.
+        server_optimizer: Makes the server's optimizer on the pseudo-gradient; SGD with learning rate 1 if None.
+        executor: Where client rounds run; in this process if None.
+        logger: Lightning loggers that get every round's scalars, with rounds as steps.
+        evaluation: When and on what the global model is evaluated.
+        buffers: BatchNorm statistics and other buffers: ``"average"`` over the clients; ``"local"``, each client keeps
+            its own and the global ones stay as they were initialized; ``"recalibrate"``, averaged, then BatchNorm
+            statistics measured anew with the aggregated weights over the cohort's training data.
+        seed: All randomness follows from (seed, round, client).
+        threads: Torch threads during a client's round; part of what makes results repeatable to the bit.
+        checkpoint_every: Rounds between checkpoints; one is written at the end in any case.
+        default_root_dir: Run folder for ``history.jsonl`` and ``checkpoints/``; nothing is written if None.
+        console: Show a progress bar, one row per round and a closing summary.
+
+    Attributes:
+        state: The server's state, after ``fit`` began.
+        history: The records so far.
+    """
+
+    def __init__(
+        self,
+        rounds: int,
+        clients_per_round: int,
+        callbacks: CallbackList | Sequence[pl.Callback] | None = None,
+        trainer: Mapping[str, Any] | None = None,
+        *,
+        aggregator: Aggregator | None = None,
+        server_optimizer: OptimizerFactory | None = None,
+        executor: Executor | None = None,
+        logger: Logger | Sequence[Logger] | None = None,
+        evaluation: Evaluation | None = None,
+        buffers: Literal["average", "local", "recalibrate"] = "average",
+        seed: int = 0,
+        threads: int = 1,
+        checkpoint_every: int = 10,
+        default_root_dir: str | Path | None = None,
+        console: bool = True,
+    ) -> None:
+        for name, value in {
+            "rounds": rounds,
+            "clients_per_round": clients_per_round,
+            "threads": threads,
+            "checkpoint_every": checkpoint_every,
+        }.items():
+            if value < 1:
+                raise ValueError(f"expected {name} to be at least 1, got {value}")
+        if buffers not in ("average", "local", "recalibrate"):
+            raise ValueError(f"expected buffers to be 'average', 'local' or 'recalibrate', got {buffers!r}")
+        arguments = dict(trainer or {})
+        require_trainer_arguments(arguments)
+        if not arguments.keys() & {"max_epochs", "max_steps", "max_time"}:
+            arguments["max_epochs"] = 1
+        plain = arguments.pop("callbacks", None) or []
+        self.rounds = rounds
+        self.clients_per_round = clients_per_round
+        self.callbacks = [*(callbacks or []), *(plain if isinstance(plain, Sequence) else [plain])]
+        for callback in self.callbacks:
+            require_lightning(callback, pl.Callback, "a callback")
+        self.trainer = arguments
+        self.aggregator = aggregator or WeightedMean()
+        self.executor = executor or LocalExecutor()
+        self.loggers = [logger] if isinstance(logger, Logger) else list(logger or [])
+        self.evaluation = evaluation or Evaluation()
+        self.buffers = buffers
+        self.seed = seed
+        self.threads = threads
+        self.checkpoint_every = checkpoint_every
+        self.folder = None if default_root_dir is None else Path(default_root_dir)
+        self.console = Console(rounds) if console else None
+        self.state: ServerState | None = None
+        self.history: list[RoundRecord] = []
+        self._server_optimizer_factory = server_optimizer
+
+    def fit(
+        self,
+        model: pl.LightningModule,
+        data: FederatedDataModule,
+        ckpt_path: str | Path | None = None,
+    ) -> list[RoundRecord]:
+        """Run the rounds; afterwards ``model`` holds the global weights.
+
+        Args:
+            model: The user's module: its weights are where the federation starts.
+            data: The clients.
+            ckpt_path: A checkpoint of the same federation to go on from; ``"last"`` is the run folder's latest.
+
+        Returns:
+            One record per round, round 0 first.
+
+        Raises:
+            TypeError: If ``model`` is no ``lightning.pytorch`` module or ``data`` is no ``FederatedDataModule``.
+            ValueError: If the cohort is larger than the population, or a method finds nothing to do.
+        """
+        self._start(model, data)
+        done = self._resume(ckpt_path)
+        console = self.console
+        try:
+            if console is not None:
+                console.start(self.history)
+            if done < 0:
+                self._record(-1, _Tally(), {}, time.perf_counter())
+            for index in range(max(done, 0), self.rounds):
+                self._round(index)
+        except (KeyboardInterrupt, SystemExit) as stop:
+            # Lightning turns Ctrl-C inside a fit into SystemExit; the last whole round is what counts
+            if console is not None:
+                console.interrupted(self._last_checkpoint)
+            raise KeyboardInterrupt from stop
+        finally:
+            if console is not None:
+                console.stop()
+            self._state.load_into(model)
+        if console is not None:
+            console.summary(self.history)
+        return self.history
+
+    def validate(self, model: pl.LightningModule, data: pl.LightningDataModule) -> dict[str, float]:
+        """Evaluate a module on the data module's global validation loaders."""
+        return evaluate(model, data, "validation", self.trainer)
+
+    def test(self, model: pl.LightningModule, data: pl.LightningDataModule) -> dict[str, float]:
+        """Evaluate a module on the data module's global test loaders."""
+        return evaluate(model, data, "test", self.trainer)
+
+    # -- one round -------------------------------------------------------------------------------------------------
+
+    def _round(self, index: int) -> None:
+        started = time.perf_counter()
+        tally = _Tally()
+        server_round = ServerRound(index, self.rounds, derive_seed(self.seed, "server", index))
+        cohort = self._sample(index)
+        jobs = self._broadcast(index, cohort, tally)
+        results = self.executor.run(self._worker, jobs)
+        updates = self._receive(results, server_round, tally)
+        mean = self._aggregate(updates, tally)
+        self._server_step(mean, server_round, cohort)
+        self._record(index, tally, server_round.metrics, started)
+
+    def _sample(self, index: int) -> list[str]:
+        return UniformSampling().sample(
+            self._data.client_ids, self.clients_per_round, seed=self.seed, round_index=index
+        )
+
+    def _broadcast(self, index: int, cohort: Sequence[str], tally: _Tally) -> Iterator[ClientJob]:
+        self._broadcaster.start(self._state)
+        for client_id in cohort:
+            payload, reference_id = self._broadcaster.send(client_id)
+            tally.sampled += 1
+            tally.bytes_down += len(payload)
+            seed = derive_seed(self.seed, "client", index, client_id)
+            memory = self._memories.get(client_id, {})
+            yield ClientJob(client_id, index, self.rounds, seed, payload, reference_id, memory)
+
+    def _receive(
+        self, results: Iterable[ClientResult], server_round: ServerRound, tally: _Tally
+    ) -> Iterator[SparseUpdate]:
+        masks = self._state.masks
+        extra = max((m.extra_upload_values(self._state, server_round) for m in self._methods), default=0)
+        for result in results:
+            tally.bytes_up += len(result.payload)
+            if result.memory:
+                self._memories[result.client_id] = dict(result.memory)
+            try:
+                update = decode(result.payload, reference=masks)
+                check_update(update, self._state.weights, buffers=self._state.buffers, support=masks, max_extra=extra)
+            except PayloadError as error:
+                tally.failures[result.client_id] = str(error)
+                continue
+            if "train_loss" in update.metrics:
+                tally.loss_sum += update.metrics["train_loss"] * update.num_examples
+                tally.loss_examples += update.num_examples
+            yield update
+
+    def _aggregate(self, updates: Iterable[SparseUpdate], tally: _Tally) -> dict[str, Tensor]:
+        self.aggregator.start(self._state.tensors)
+        for update in updates:
+            self.aggregator.add(update)
+            tally.returned += 1
+        if tally.returned == 0:
+            raise RuntimeError(f"expected at least one valid update in the round, got none: {tally.failures}")
+        return self.aggregator.result()
+
+    def _server_step(self, mean: Mapping[str, Tensor], server_round: ServerRound, cohort: Sequence[str]) -> None:
+        self._optimizer.step(self._state, mean)
+        for method in self._methods:
+            self.state = method.on_server_round_end(self._state, server_round)
+        if self.buffers == "recalibrate":
+            self._state.load_into(self._model)
+            recalibrate(self._model, [self._data.client(client_id) for client_id in cohort], self.trainer)
+            self._state.buffers = ServerState.of(self._model).buffers
+
+    def _record(self, index: int, tally: _Tally, metrics: Mapping[str, float], started: float) -> None:
+        last = self.history[-1] if self.history else None
+        evaluated = self._evaluate(index + 1)
+        dense = sum(tensor.numel() * tensor.element_size() for tensor in self._state.tensors.values())
+        record = RoundRecord(
+            round=index + 1,
+            clients_sampled=tally.sampled,
+            clients_returned=tally.returned,
+            clients_failed=len(tally.failures),
+            train_loss=tally.loss_sum / tally.loss_examples if tally.loss_examples else None,
+            sparsity=self._state.prunable_sparsity,
+            bytes_down=tally.bytes_down,
+            bytes_up=tally.bytes_up,
+            total_bytes_down=tally.bytes_down + (last.total_bytes_down if last else 0),
+            total_bytes_up=tally.bytes_up + (last.total_bytes_up if last else 0),
+            dense_bytes_down=dense * tally.sampled,
+            dense_bytes_up=dense * (tally.returned + len(tally.failures)),
+            seconds=time.perf_counter() - started,
+            metrics={**metrics, **evaluated},
+            failures=tally.failures,
+        )
+        self.history.append(record)
+        if self.folder is not None:
+            append_record(self.folder / "history.jsonl", record)
+        for logger in self.loggers:
+            logger.log_metrics(record.scalars, step=record.round)
+        if self.console is not None:
+            self.console.row(record)
+        if record.round > 0 and (record.round % self.checkpoint_every == 0 or record.round == self.rounds):
+            self._save_checkpoint()
+
+    def _evaluate(self, done: int) -> dict[str, float]:
+        if self.evaluation.on == "none" or not self.evaluation.is_due(done, self.rounds):
+            return {}
+        self._state.load_into(self._model)
+        metrics = evaluate(self._model, self._data, self.evaluation.on, self.trainer)
+        if self.evaluation.clients:
+            metrics |= evaluate_clients(self._model, self._data, self.trainer)
+        return metrics
+
+    # -- a run's beginning and its checkpoints ---------------------------------------------------------------------
+
+    def _start(self, model: pl.LightningModule, data: FederatedDataModule) -> None:
+        require_lightning(model, pl.LightningModule, "the model")
+        if not isinstance(data, FederatedDataModule):
+            raise TypeError(
+                f"expected a FederatedDataModule, got {type(data).__name__}: wrap it, for example "
+                "FederatedDataModule(datamodule, IidPartition(num_clients=10))"
+            )
+        model.configure_model()
+        self._model = model
+        self._data = data
+        self._methods = [callback for callback in self.callbacks if isinstance(callback, SparsityCallback)]
+        self._memories: dict[str, dict[str, Any]] = {}
+        self._broadcaster = Broadcaster()
+        self._optimizer = ServerOptimizer(self._server_optimizer_factory)
+        self._last_checkpoint: Path | None = None
+        self._worker = ClientWorker(
+            model, data, self.callbacks, self.trainer, local_buffers=self.buffers == "local", threads=self.threads
+        )
+        self._sample(0)  # a cohort larger than the population is an error now, not after the first evaluation
+        self.history = []
+        self.state = ServerState.of(model)
+        for position, method in enumerate(self._methods):
+            self.state = method.on_server_start(model, self.state, derive_seed(self.seed, "method", position))
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def _state(self) -> ServerState:
+        assert self.state is not None
+        return self.state
+
+    def _save_checkpoint(self) -> None:
+        if self.folder is None:
+            return
+        self._last_checkpoint = self.folder / "checkpoints" / "last.ckpt"
+        content = {
+            "round": self.history[-1].round,
+            "weights": self._state.weights,
+            "buffers": self._state.buffers,
+            "masks": pack_masks(self._state.masks),
+            "methods": self._state.methods,
+            "optimizer": self._optimizer.state_dict(),
+            "broadcaster": self._broadcaster.state_dict(),
+            "memories": self._memories,
+        }
+        save_checkpoint(self._last_checkpoint, content)
+
+    def _resume(self, ckpt_path: str | Path | None) -> int:
+        """Rounds done: -1 for a fresh start, before the initial evaluation."""
+        history = None if self.folder is None else self.folder / "history.jsonl"
+        if ckpt_path is None:
+            if history is not None and history.exists():
+                raise ValueError(
+                    f"expected an empty run folder, found a history in {self.folder}: resume it or take another"
+                )
+            return -1
+        if ckpt_path == "last":
+            if self.folder is None:
+                raise ValueError("expected default_root_dir with ckpt_path='last', got None: there is no run folder")
+            ckpt_path = self.folder / "checkpoints" / "last.ckpt"
+        content = load_checkpoint(Path(ckpt_path))
+        state = self._state
+        expected = {name: tuple(tensor.shape) for name, tensor in state.weights.items()}
+        found = {name: tuple(tensor.shape) for name, tensor in content["weights"].items()}
+        if expected != found:
+            name = min(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+            raise ValueError(
+                f"expected the checkpoint of this model, got another: {name!r} has shape {expected.get(name)} here and "
+                f"{found.get(name)} in {ckpt_path}"
+            )
+        self.state = ServerState(
+            content["weights"], content["buffers"], unpack_masks(content["masks"]), content["methods"]
+        )
+        self._optimizer.load_state_dict(self.state, content["optimizer"])
+        self._broadcaster.load_state_dict(content["broadcaster"])
+        self._worker.hold(self._broadcaster.versions)
+        self._memories = content["memories"]
+        done: int = content["round"]
+        if history is not None:
+            self.history = [record for record in read_history(history) if record.round <= done]
+            rewrite_history(history, self.history)
+        return done

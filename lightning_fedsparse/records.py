@@ -1,0 +1,100 @@
+"""What a round leaves behind: one :class:`RoundRecord`, one line of JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+__all__ = ["RoundRecord", "append_record", "read_history", "rewrite_history"]
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One round of a federation; round 0 is the evaluation before any training.
+
+    Args:
+        round: Rounds done.
+        clients_sampled: Clients asked in this round.
+        clients_returned: Clients whose update was merged.
+        clients_failed: Clients whose update was refused or never came.
+        train_loss: Mean training loss over the returned clients, weighted by examples; None when no client gave one.
+        sparsity: Fraction of zeros in the masks in force after the round, over the masked parameters.
+        bytes_down: Encoded broadcasts of this round, bytes, summed over the clients.
+        bytes_up: Encoded uploads of this round, bytes, summed over the clients.
+        total_bytes_down: Broadcasts of the run so far, bytes.
+        total_bytes_up: Uploads of the run so far, bytes.
+        dense_bytes_down: What this round's broadcasts would be as raw dense tensors, bytes.
+        dense_bytes_up: What this round's uploads would be as raw dense tensors, bytes.
+        seconds: Wall time of the round, evaluation included.
+        metrics: Evaluation of the global model and what the methods report, by name.
+        failures: Why clients failed: client id -> one sentence.
+    """
+
+    round: int
+    clients_sampled: int
+    clients_returned: int
+    clients_failed: int
+    train_loss: float | None
+    sparsity: float
+    bytes_down: int
+    bytes_up: int
+    total_bytes_down: int
+    total_bytes_up: int
+    dense_bytes_down: int
+    dense_bytes_up: int
+    seconds: float
+    metrics: dict[str, float] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """One line of JSON, metrics nested under ``metrics``.
+
+        Raises:
+            ValueError: If a number is not finite, which JSON can't hold.
+        """
+        return json.dumps(asdict(self), allow_nan=False)
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        """Everything that a logger can plot, flat; metrics under their own names."""
+        own = {name: value for name, value in asdict(self).items() if isinstance(value, int | float)}
+        own.pop("round")
+        return {**own, **self.metrics}
+
+
+def append_record(path: Path, record: RoundRecord) -> None:
+    """Append one line and make it durable before returning."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(record.to_json() + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_history(path: Path) -> list[RoundRecord]:
+    """Read a history file.
+
+    Raises:
+        ValueError: Naming the line that is no record.
+    """
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            records.append(RoundRecord(**json.loads(line)))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"expected one round record per line, got something else in line {number} of {path}"
+            ) from error
+    return records
+
+
+def rewrite_history(path: Path, records: Iterable[RoundRecord]) -> None:
+    """Replace a history file as a whole: written beside it, flushed, renamed."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(record.to_json() + "\n" for record in records)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,58 @@
+"""What a callback is told about a round: on the client's side and on the server's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lightning_fedsparse.schedules import Progress
+from lightning_fedsparse.update import MaskSet
+
+__all__ = ["ClientRound", "ServerRound"]
+
+
+@dataclass(frozen=True)
+class ClientRound:
+    """One client's part in one round.
+
+    Args:
+        index: Round, from 0.
+        total: Rounds of the federation.
+        client_id: Id of the client.
+        seed: Seed of this client in this round, derived from (seed of the run, round, client).
+        masks: Masks as broadcast: the support that client and server share in this round.
+        capacity: Share of the parameters that the client can hold, in (0, 1].
+    """
+
+    index: int
+    total: int
+    client_id: str
+    seed: int
+    masks: MaskSet
+    capacity: float = 1.0
+
+    @property
+    def progress(self) -> Progress:
+        """Rounds done before this one, of all rounds."""
+        return Progress(self.index, self.total)
+
+
+@dataclass
+class ServerRound:
+    """One round as the server sees it.
+
+    Args:
+        index: Round, from 0.
+        total: Rounds of the federation.
+        seed: Seed of the server's own draws in this round.
+        metrics: Scalars by name; what a server hook adds here goes into the round's record and to the loggers.
+    """
+
+    index: int
+    total: int
+    seed: int
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def progress(self) -> Progress:
+        """Rounds done before this one, of all rounds."""
+        return Progress(self.index, self.total)

@@ -1,0 +1,42 @@
+"""Which clients take part in a round.
+
+Uniform without replacement, as in B. McMahan et al., "Communication-Efficient Learning of Deep Networks from
+Decentralized Data", AISTATS 2017, https://arxiv.org/abs/1602.05629 (algorithm 1). The draw depends on the seed and the
+round alone, so a resumed run, or another method under the same seed, meets the same clients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lightning_fedsparse.seeding import derive_seed
+
+__all__ = ["UniformSampling"]
+
+
+class UniformSampling:
+    """Every set of ``count`` clients is equally likely, independently in each round."""
+
+    def sample(self, client_ids: Sequence[str], count: int, *, seed: int, round_index: int) -> list[str]:
+        """Draw the cohort of one round.
+
+        Args:
+            client_ids: All clients, in an order that is the same in every round; never copied.
+            count: Clients to draw, from 1 to all of them.
+            seed: The run's seed.
+            round_index: The round, from 0.
+
+        Returns:
+            Distinct ids in the order drawn.
+
+        Raises:
+            ValueError: A count below 1 or above the number of clients.
+        """
+        if count < 1:
+            raise ValueError(f"expected at least 1 client per round, got {count}")
+        if count > len(client_ids):
+            raise ValueError(f"expected at most {len(client_ids)} clients per round, as many as there are, got {count}")
+        generator = np.random.default_rng(derive_seed(seed, "sampling", round_index))
+        return [client_ids[i] for i in generator.choice(len(client_ids), size=count, replace=False).tolist()]

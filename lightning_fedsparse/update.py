@@ -1,0 +1,193 @@
+"""What travels: values on masks, with what is needed to merge them.
+
+A :class:`SparseUpdate` is one client's contribution to a round (or, on the way down, the state that a client starts
+from): for every parameter the values at the positions that its mask keeps, plus buffers and the number of examples
+behind them. A :class:`MaskSet` is the support that both ends share, named by a digest, so that a payload can refer to
+it instead of repeating it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Absent", "Kind", "MaskSet", "SparseUpdate", "gather", "kept_positions", "reconstruct", "scatter_"]
+
+Kind = Literal["weights", "delta"]
+Absent = Literal["zero", "unchanged", "unheld"]
+Masks = Mapping[str, Tensor | None]
+
+
+class MaskSet(Mapping[str, Tensor | None]):
+    """Masks of a whole model with an identity.
+
+    Args:
+        id: Digest of the packed bits, as :meth:`of` computes it; equal masks have equal ids.
+        masks: For every parameter a bool tensor of its shape (True = kept), or None where the parameter is dense.
+        positions: What :meth:`positions` would find, for any of the masked names, where it is known already.
+    """
+
+    def __init__(self, id: str, masks: Masks, *, positions: Mapping[str, Tensor] | None = None) -> None:
+        self.id = id  # the wire calls it `id`
+        self._masks = dict(masks)
+        self._positions = dict(positions or {})
+
+    @classmethod
+    def of(cls, masks: Masks, *, positions: Mapping[str, Tensor] | None = None) -> MaskSet:
+        """Name masks by a BLAKE2b digest (16 bytes, hex) of names, in order, shapes and packed bits."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, mask in masks.items():
+            if mask is None:
+                digest.update(f"{name}:dense:".encode())
+            else:
+                digest.update(f"{name}:{tuple(mask.shape)}:".encode())
+                digest.update(np.packbits(mask.detach().cpu().numpy().reshape(-1)).tobytes())
+        return cls(digest.hexdigest(), masks, positions=positions)
+
+    def positions(self, name: str) -> Tensor:
+        """Flat int64 positions that the mask of ``name`` keeps, ascending; found once, then cached.
+
+        Gathering by cached positions is an order of magnitude cheaper than indexing with the mask itself.
+        """
+        if name not in self._positions:
+            mask = self._masks[name]
+            if mask is None:
+                raise KeyError(f"{name!r} is dense in this mask set: it has no positions")
+            self._positions[name] = kept_positions(mask)
+        return self._positions[name]
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether no parameter has a mask."""
+        return all(mask is None for mask in self._masks.values())
+
+    def __getitem__(self, name: str) -> Tensor | None:
+        return self._masks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def __repr__(self) -> str:
+        masked = sum(mask is not None for mask in self._masks.values())
+        return f"MaskSet(id={self.id!r}, {masked} of {len(self)} tensors masked)"
+
+
+@dataclass
+class SparseUpdate:
+    """Values on masks, buffers, and how to merge them.
+
+    Args:
+        values: For every parameter either the 1-D tensor of the entries its mask keeps, in row-major order, or the
+            full tensor when its mask is None.
+        masks: For every name in ``values`` a bool tensor (True = kept) or None for dense. A :class:`MaskSet` serves.
+        num_examples: Examples behind the update: its weight in an example-weighted mean.
+        kind: ``"weights"`` (the values are weights) or ``"delta"`` (weights minus the broadcast weights).
+        absent: What a coordinate that is not sent means: ``"zero"``, ``"unchanged"`` (as broadcast) or ``"unheld"``
+            (this client has no say about it).
+        buffers: Buffers such as BatchNorm statistics, full tensors.
+        metrics: Scalars that the client reports.
+        mask_id: Id of the :class:`MaskSet` that the update was made from, if any.
+    """
+
+    values: Mapping[str, Tensor]
+    masks: Masks
+    num_examples: int = 1
+    kind: Kind = "weights"
+    absent: Absent = "unchanged"
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    mask_id: str | None = None
+
+    def positions(self, name: str) -> Tensor:
+        """Flat int64 positions of ``values[name]``, whose mask must not be None."""
+        if isinstance(self.masks, MaskSet):
+            return self.masks.positions(name)
+        mask = self.masks[name]
+        if mask is None:
+            raise KeyError(f"{name!r} is dense in this update: it has no positions")
+        return kept_positions(mask)
+
+    @property
+    def num_values(self) -> int:
+        """Parameter values held, buffers not counted."""
+        return sum(value.numel() for value in self.values.values())
+
+
+def kept_positions(mask: Tensor) -> Tensor:
+    """Flat positions of the True entries of a bool tensor, ascending, int64."""
+    return mask.reshape(-1).nonzero().squeeze(1)
+
+
+@torch.no_grad()
+def gather(tensors: Mapping[str, Tensor], masks: Masks) -> dict[str, Tensor]:
+    """Take from each tensor the entries its mask keeps, as new tensors.
+
+    Args:
+        tensors: Parameters by name; every name of ``masks`` must be among them.
+        masks: For each name a bool tensor or None (the whole tensor is copied, in its shape).
+    """
+    values = {}
+    for name, mask in masks.items():
+        tensor = tensors[name].detach()
+        if mask is None:
+            values[name] = tensor.clone()
+        else:
+            where = masks.positions(name) if isinstance(masks, MaskSet) else kept_positions(mask)
+            values[name] = tensor.reshape(-1).take(where)
+    return values
+
+
+@torch.no_grad()
+def scatter_(tensors: Mapping[str, Tensor], update: SparseUpdate) -> None:
+    """Write an update of kind ``"weights"`` into tensors in place; what is absent becomes zero.
+
+    Args:
+        tensors: Parameters by name, written in place.
+        update: Values by name, on masks.
+    """
+    for name, value in update.values.items():
+        target = tensors[name].detach()
+        if update.masks[name] is None:
+            target.copy_(value)
+        else:
+            # a tensor in channels_last has no flat view in row-major order: fill one and copy it
+            flat = target.zero_().view(-1) if target.is_contiguous() else torch.zeros_like(target).contiguous().view(-1)
+            flat.scatter_(0, update.positions(name), value.to(target.dtype))
+            if not target.is_contiguous():
+                target.copy_(flat.view(target.shape))
+
+
+@torch.no_grad()
+def reconstruct(base: Mapping[str, Tensor], update: SparseUpdate) -> dict[str, Tensor]:
+    """The weights that a receiver who holds ``base`` reads from an update.
+
+    Args:
+        base: The weights that the update was made against, by name; names that the update lacks are left out.
+        update: An update of either kind; what it does not hold is 0 for ``absent="zero"`` weights, else as in ``base``.
+
+    Returns:
+        New tensors of the base's shapes.
+    """
+    weights = {}
+    for name, old in base.items():
+        value = update.values[name]
+        if update.masks[name] is None:
+            weights[name] = old + value if update.kind == "delta" else value.clone().view(old.shape)
+            continue
+        starts_empty = update.kind == "weights" and update.absent == "zero"
+        new = (torch.zeros_like(old) if starts_empty else old.clone()).contiguous()
+        if update.kind == "delta":
+            new.view(-1).scatter_add_(0, update.positions(name), value.to(new.dtype))
+        else:
+            new.view(-1).scatter_(0, update.positions(name), value.to(new.dtype))
+        weights[name] = new
+    return weights

@@ -1,0 +1,1 @@
+"""Recipes: experiments as YAML."""

@@ -1,0 +1,191 @@
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_fedsparse.datasets import OptdigitsDataModule
+from lightning_fedsparse.models import AlexNet, DigitsCNN, ImageClassifier, LeNet5, ResNet18, SmallCNN
+
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("network", "image", "classes", "count"),
+    [
+        (LeNet5, (1, 28, 28), 10, 61_706),
+        (AlexNet, (3, 32, 32), 10, 23_272_266),
+        (ResNet18, (3, 32, 32), 100, 11_220_132),
+        (SmallCNN, (3, 32, 32), 10, 1_626_442),
+        (DigitsCNN, (1, 8, 8), 10, 38_282),
+    ],
+)
+def test_parameters_and_shapes(network, image, classes, count):
+    model = network(num_classes=classes)
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+    assert model(torch.rand(2, *image)).shape == (2, classes)
+
+
+def shapes(model, *kinds):
+    return [tuple(module.weight.shape) for module in model.modules() if isinstance(module, kinds)]
+
+
+def test_lenet_layers():
+    model = LeNet5()
+    assert shapes(model, nn.Conv2d, nn.Linear) == [(6, 1, 5, 5), (16, 6, 5, 5), (120, 400), (84, 120), (10, 84)]
+    assert sum(p.numel() for p in model.parameters() if p.ndim > 1) == 61_470
+
+
+def test_alexnet_layers():
+    model = AlexNet()
+    assert sum(p.numel() for p in model.parameters() if p.ndim > 1) == 23_262_912
+    assert [module.p for module in model.modules() if isinstance(module, nn.Dropout)] == [0.5, 0.5]
+
+
+def test_resnet_layers():
+    model = ResNet18(100)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert (len(norms), sum(norm.weight.numel() for norm in norms)) == (20, 4800)
+    weights = {name: p.numel() for name, p in model.named_parameters() if p.ndim > 1}
+    assert sum(weights.values()) == 11_210_432
+    shortcuts = {name: size for name, size in weights.items() if "shortcut" in name}
+    assert list(shortcuts) == [f"layer{stage}.0.shortcut.0.weight" for stage in (2, 3, 4)]
+    assert sum(shortcuts.values()) == 172_032
+    prunable = [size for name, size in weights.items() if "conv" in name or name == "linear.weight"]
+    assert sum(prunable) == 11_038_400
+
+
+def test_small_cnn_layers():
+    assert shapes(SmallCNN(), nn.Conv2d, nn.Linear) == [(32, 3, 3, 3), (64, 32, 3, 3), (128, 12544), (10, 128)]
+
+
+class Pixels(nn.Module):
+    """Logits are the first three pixels plus a trainable bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(3))
+
+    def forward(self, images):
+        return images.flatten(1)[:, :3] + self.bias
+
+
+def test_evaluation_means_are_over_images():
+    images, classes = torch.randn(7, 1, 2, 2), torch.tensor([0, 1, 2, 0, 1, 2, 0])
+    loader = DataLoader(TensorDataset(images, classes), batch_size=3)  # the last batch is smaller
+    logits = images.flatten(1)[:, :3]
+    trainer = Trainer(**QUIET)
+    model = ImageClassifier(Pixels())
+    for part, run in (("val", trainer.validate), ("test", trainer.test)):
+        (metrics,) = run(model, loader, verbose=False)
+        assert metrics == {
+            f"{part}_loss": pytest.approx(F.cross_entropy(logits, classes).item(), rel=1e-6),
+            f"{part}_accuracy": pytest.approx((logits.argmax(1) == classes).float().mean().item()),
+        }
+
+
+def test_training_step_is_the_cross_entropy_and_logs_nothing():
+    model = ImageClassifier(Pixels())
+    batch = torch.randn(4, 1, 2, 2), torch.tensor([0, 1, 2, 0])
+    loss = model.training_step(batch)
+    assert loss.item() == pytest.approx(F.cross_entropy(batch[0].flatten(1)[:, :3], batch[1]).item())
+    trainer = Trainer(max_epochs=1, **QUIET)
+    loader = DataLoader(TensorDataset(*batch))
+    trainer.fit(model, loader, loader)
+    assert set(trainer.callback_metrics) == {"val_loss", "val_accuracy"}
+
+
+def test_state_dict_is_the_networks():
+    model = ImageClassifier(LeNet5())
+    assert list(model.state_dict()) == [f"network.{name}" for name in LeNet5().state_dict()]
+    Trainer(**QUIET).validate(
+        model, DataLoader(TensorDataset(torch.rand(2, 1, 28, 28), torch.zeros(2).long())), verbose=False
+    )
+    assert list(model.state_dict()) == [f"network.{name}" for name in LeNet5().state_dict()]
+
+
+def test_default_optimizer():
+    optimizer = ImageClassifier(Pixels()).configure_optimizers()
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert optimizer.defaults["lr"] == 0.1
+    assert optimizer.defaults["momentum"] == 0
+
+
+PLAIN = """
+model:
+  class_path: lightning_fedsparse.models.ImageClassifier
+  init_args:
+    network: {class_path: lightning_fedsparse.models.LeNet5}
+"""
+FULL = """
+model:
+  class_path: lightning_fedsparse.models.ImageClassifier
+  init_args:
+    network: {class_path: lightning_fedsparse.models.ResNet18, init_args: {num_classes: 100}}
+    optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.2, weight_decay: 5.0e-4}}
+    lr_scheduler: {class_path: torch.optim.lr_scheduler.ExponentialLR, init_args: {gamma: 0.9}}
+"""
+
+
+def parser():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningModule, "model", required=True)
+    return parser
+
+
+def instantiate(recipe):
+    config = parser().parse_string(recipe)
+    return getattr(parser(), "instantiate", parser().instantiate_classes)(config).model
+
+
+def test_constructed_from_yaml():
+    model = instantiate(FULL)
+    assert isinstance(model, ImageClassifier)
+    assert model.network.linear.out_features == 100
+    configured = model.configure_optimizers()
+    assert configured["optimizer"].defaults["lr"] == 0.2
+    assert configured["optimizer"].defaults["weight_decay"] == 5e-4
+    assert isinstance(configured["lr_scheduler"], torch.optim.lr_scheduler.ExponentialLR)
+
+
+@pytest.mark.parametrize("recipe", [PLAIN, FULL])
+def test_resolved_configuration_builds_the_same(recipe):
+    resolved = parser().dump(parser().parse_string(recipe))
+    first, again = instantiate(recipe), instantiate(resolved)
+    assert parser().dump(parser().parse_string(resolved)) == resolved
+    optimizers = []
+    for model in (first, again):
+        configured = model.configure_optimizers()
+        optimizers.append(configured["optimizer"] if isinstance(configured, dict) else configured)
+    assert type(optimizers[0]) is type(optimizers[1])
+    assert optimizers[0].defaults == optimizers[1].defaults
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: ImageClassifier(LeNet5()), lambda: instantiate(PLAIN), lambda: instantiate(FULL)]
+)
+def test_copies_and_pickles(make):
+    model = make()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.state_dict().keys() == model.state_dict().keys()
+        assert type(other.configure_optimizers()) is type(model.configure_optimizers())
+
+
+@pytest.mark.slow
+def test_digits_are_learned():
+    model, data = ImageClassifier(DigitsCNN()), OptdigitsDataModule(validation_fraction=0.1)
+    trainer = Trainer(max_epochs=12, num_sanity_val_steps=0, **QUIET)
+    trainer.fit(model, data)
+    (metrics,) = trainer.test(model, data, verbose=False)
+    assert metrics["test_accuracy"] > 0.96
