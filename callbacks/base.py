@@ -13,7 +13,6 @@ from abc import abstractmethod
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -73,15 +72,25 @@ class SparsityCallback(pl.Callback):
     def progress(self, trainer: pl.Trainer) -> Progress:
         """How far the run is: rounds in a federation, optimizer steps in a plain Trainer.
 
+        Under manual optimization, where a batch may take any number of steps, batches are counted instead.
+
         Raises:
             ValueError: By the schedule that uses it, if the Trainer has no end (``max_epochs=-1``).
         """
         if self.client_round is not None:
             return self.client_round.progress
-        # under manual optimization every optimizer counts its own steps: take them as one
-        optimizers = 1 if trainer.lightning_module.automatic_optimization else max(1, len(trainer.optimizers))
-        total = trainer.estimated_stepping_batches
-        return Progress(trainer.global_step // optimizers, total)
+        steps = trainer.global_step
+        if trainer.lightning_module.automatic_optimization:
+            total = trainer.estimated_stepping_batches
+            # Lightning's answer for a loader without length and a Trainer without max_steps is -1
+            return Progress(steps, total if total >= 0 else float("inf"))
+        batches = trainer.fit_loop.epoch_loop.batch_progress.total.processed if steps else 0
+        epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else float("inf")
+        total = trainer.num_training_batches * epochs
+        if trainer.max_steps >= 0:
+            # as many steps per batch as so far; rounded up, the last batch is the one that reaches max_steps
+            total = min(total, -(-trainer.max_steps * batches // steps) if steps else trainer.max_steps)
+        return Progress(batches, total)
 
 
 class EffectiveWeightCallback(SparsityCallback):
@@ -156,7 +165,10 @@ class EffectiveWeightCallback(SparsityCallback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        EffectiveWeights.of(pl_module).restore_in(checkpoint["state_dict"])
+        # weight averaging, where it comes first, has moved the module's own to the second key
+        for key in ("state_dict", "current_model_state"):
+            if key in checkpoint:
+                EffectiveWeights.of(pl_module).restore_in(checkpoint[key])
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

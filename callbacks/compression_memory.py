@@ -47,6 +47,12 @@ class CompressionMemory(SparsityCallback):
         self._residual: dict[str, Tensor] = {}
         self._mask_id: str | None = None
         self._broadcast: dict[str, Tensor] = {}
+        self._key = self._generate_state_key(include=self.include, exclude=self.exclude)
+
+    @property
+    def state_key(self) -> str:
+        """Tells instances with other selections apart."""
+        return self._key
 
     @override
     @torch.no_grad()

@@ -87,8 +87,8 @@ class IncrementalRegularization(EffectiveWeightCallback):
         exclude: Globs of parameter names to leave out.
 
     Raises:
-        ValueError: At construction for a negative lambda or a ``p`` below 1; at ``setup`` for a model without such
-            weights or a glob that matches nothing.
+        ValueError: At construction for a negative lambda or a ``p`` below 1; at the start of ``fit`` for a model
+            without such weights or a glob that matches nothing.
     """
 
     def __init__(
@@ -106,7 +106,6 @@ class IncrementalRegularization(EffectiveWeightCallback):
         self.p = p
         self.include = tuple(include)
         self.exclude = tuple(exclude)
-        self._names: list[str] = []
         self._key = self._generate_state_key(include=self.include, exclude=self.exclude)
 
     @property
@@ -115,12 +114,8 @@ class IncrementalRegularization(EffectiveWeightCallback):
         return self._key
 
     @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._names = list(prunable_parameters(pl_module, self.include, exclude=self.exclude))
-
-    @override
     def transform(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Transform | None:
-        return _NormPenalty(self._names, self.p)
+        return _NormPenalty(list(prunable_parameters(pl_module, self.include, exclude=self.exclude)), self.p)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -72,8 +72,8 @@ class MagnitudePruning(EffectiveWeightCallback):
         fold: Whether the module holds the pruned weights after a plain ``fit``; otherwise the stored ones.
 
     Raises:
-        ValueError: At construction for a schedule or times out of range; at ``setup`` for a model with nothing to
-            prune or a glob that matches nothing.
+        ValueError: At construction for a schedule or times out of range; at the start of ``fit`` for a model with
+            nothing to prune or a glob that matches nothing.
     """
 
     def __init__(
@@ -153,12 +153,12 @@ class MagnitudePruning(EffectiveWeightCallback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.find_names(pl_module)
         if stage == "fit" and self.client_round is None:
             self.masks, self._last_step = {}, None
 
     @override
     def transform(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Transform | None:
+        self.find_names(pl_module)
         parameters = dict(pl_module.named_parameters())
         self.masks = {
             name: self.masks.get(name, torch.ones_like(parameters[name], dtype=torch.bool)).to(parameters[name].device)
@@ -203,6 +203,9 @@ class MagnitudePruning(EffectiveWeightCallback):
         parameters = dict(pl_module.named_parameters())
         weights = {name: parameters[name].detach() for name in self._names}
         with engine.stored(), torch.no_grad():
+            if not transform.straight_through:
+                # momentum may have moved weights that are out: they stay out of the ranking
+                transform.apply_(weights)
             if self._last_step is None:
                 self.masks = self.initial_masks(weights, sparsity, torch.initial_seed())
             else:

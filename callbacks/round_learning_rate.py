@@ -50,9 +50,10 @@ class RoundLearningRate(SparsityCallback):
         if ratio != 1:
             for optimizer in trainer.optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] *= ratio
-                    if "initial_lr" in group:
-                        group["initial_lr"] *= ratio
+                    # beside the rate itself, the rates that schedulers keep in the group
+                    for key in ("lr", "initial_lr", "max_lr", "min_lr"):
+                        if key in group:
+                            group[key] *= ratio
             for config in trainer.lr_scheduler_configs:
                 if hasattr(config.scheduler, "base_lrs"):
                     config.scheduler.base_lrs = [rate * ratio for rate in config.scheduler.base_lrs]

@@ -36,6 +36,11 @@ def zero_fractions(weights: Mapping[str, Tensor]) -> dict[str, float]:
     }
 
 
+def changed_values(values: Mapping[str, float], before: Mapping[str, float]) -> dict[str, float]:
+    """Entries that are new or differ from before."""
+    return {name: value for name, value in values.items() if before.get(name) != value}
+
+
 class SparsityMonitor(SparsityCallback):
     """Log the sparsity of the model and of its layers; put it last, so that it sees what other callbacks did.
 
@@ -50,12 +55,17 @@ class SparsityMonitor(SparsityCallback):
         self.exclude = tuple(exclude)
         self._names: list[str] = []
         self._logged: dict[str, float] = {}
+        self._key = self._generate_state_key(include=self.include, exclude=self.exclude)
+
+    @property
+    def state_key(self) -> str:
+        """Tells instances with other selections apart."""
+        return self._key
 
     @override
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            self._names = list(prunable_parameters(pl_module, self.include, exclude=self.exclude))
-            self._logged = {}
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._names = list(prunable_parameters(pl_module, self.include, exclude=self.exclude))
+        self._logged = {}
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -66,8 +76,9 @@ class SparsityMonitor(SparsityCallback):
         parameters = dict(pl_module.named_parameters())
         fractions = zero_fractions({name: parameters[name].detach() for name in self._names})
         engine.swap_out()
-        for name, value in self._changed(fractions).items():
+        for name, value in changed_values(fractions, self._logged).items():
             pl_module.log(name, value)
+            self._logged[name] = value
 
     @override
     def on_server_start(self, pl_module: pl.LightningModule, state: ServerState, seed: int) -> ServerState:
@@ -78,10 +89,8 @@ class SparsityMonitor(SparsityCallback):
     def on_server_round_end(self, state: ServerState, server_round: ServerRound) -> ServerState:
         fractions = zero_fractions({name: state.weights[name] for name in self._names})
         del fractions["sparsity"]  # the record has the masks' own
-        server_round.metrics.update(self._changed(fractions))
+        # with the state, so that a resumed run logs what an uninterrupted one would
+        logged = state.methods.get(self.state_key, {})
+        server_round.metrics.update(changed_values(fractions, logged))
+        state.methods[self.state_key] = fractions
         return state
-
-    def _changed(self, fractions: Mapping[str, float]) -> dict[str, float]:
-        changed = {name: value for name, value in fractions.items() if self._logged.get(name) != value}
-        self._logged.update(changed)
-        return changed

@@ -36,11 +36,12 @@ class Console:
 
     Args:
         rounds: Rounds of the whole run.
+        quiet: Show nothing at all.
     """
 
-    def __init__(self, rounds: int) -> None:
+    def __init__(self, rounds: int, *, quiet: bool = False) -> None:
         self._rounds = rounds
-        self._out = RichConsole(highlight=False)
+        self._out = RichConsole(highlight=False, quiet=quiet)
         self._columns: list[_Column] = []
         self._bar: Progress | None = None
         self._last: RoundRecord | None = None

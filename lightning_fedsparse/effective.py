@@ -31,6 +31,7 @@ from weakref import WeakKeyDictionary
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.optim import LBFGS, Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -122,6 +123,8 @@ class EffectiveWeights:
         self._inside: set[str] = set()
         self._handles: list[RemovableHandle] = []
         self._in_batch = False
+        self._steps_on = False
+        self._prepared: Optimizer | None = None
 
     @classmethod
     def of(cls, module: nn.Module) -> EffectiveWeights:
@@ -226,6 +229,7 @@ class EffectiveWeights:
                 {name: self._parameters[name] for name in mine},
             )
         self.swap_out(names)
+        self._prepared = optimizer
 
     @torch.no_grad()
     def fold(self, owner: object) -> None:
@@ -245,18 +249,21 @@ class EffectiveWeights:
         """Replace swapped-in parameters of a state dict by what is stored, so that a checkpoint never holds others."""
         for name in self._inside:
             held = state_dict.get(name)
-            # weight averaging may have put its own tensors there by now: those are stored weights already
+            # weight averaging puts its own tensors there, which are stored weights already
             if held is not None and held.data_ptr() == self._parameters[name].data_ptr():
                 state_dict[name] = self._stored[name].clone()
 
     # -- optimizers ------------------------------------------------------------------------------------------------
 
     def attach_optimizers(self, trainer: pl.Trainer, pl_module: pl.LightningModule, driver: pl.Callback) -> None:
-        """Check the optimizers and, under manual optimization, have each swap its parameters in after it stepped.
+        """Check the optimizers and hook into their steps.
+
+        After a step under manual optimization the optimizer's parameters are swapped in for the rest of the batch.
 
         Raises:
             ValueError: For LBFGS, which evaluates its closure several times per step, and for a ``WeightAveraging``
-                callback before the driver under manual optimization: it would average effective weights.
+                callback before the driver where it could average effective weights: under manual optimization, or
+                beside a module's own ``on_train_batch_start``, which may end an epoch early.
         """
         for optimizer in trainer.optimizers:
             if isinstance(optimizer, LBFGS):
@@ -264,13 +271,15 @@ class EffectiveWeights:
                     "expected an optimizer that evaluates its closure once per step, got LBFGS: effective weights can't "
                     "be swapped inside its line search"
                 )
-        if pl_module.automatic_optimization:
-            return
+        self._steps_on = not pl_module.automatic_optimization
+        # such a hook may return -1: the epoch then ends with the effective weights in, and callbacks before us see them
+        may_cut_epochs = is_overridden("on_train_batch_start", pl_module)
         before = trainer.callbacks[: trainer.callbacks.index(driver)]  # type: ignore[attr-defined]
-        if any(isinstance(callback, WeightAveraging) for callback in before):
+        if (self._steps_on or may_cut_epochs) and any(isinstance(callback, WeightAveraging) for callback in before):
             raise ValueError(
                 f"expected WeightAveraging after {type(driver).__name__} in the Trainer's callbacks under manual "
-                "optimization, got it before: it would average effective instead of stored weights"
+                "optimization or beside a module's own on_train_batch_start, got it before: it would average effective "
+                "instead of stored weights"
             )
         self.detach_optimizers()
         self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in trainer.optimizers]
@@ -289,10 +298,19 @@ class EffectiveWeights:
     def batch_end(self) -> None:
         """Swap out after a training batch, whatever happened in it."""
         self._in_batch = False
+        self._prepared = None
         self.swap_out()
 
     def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        if self._in_batch:
+        if not self._in_batch:
+            return
+        if self._prepared is not optimizer:
+            raise RuntimeError(
+                f"expected every step to go through Lightning's optimizers, as self.optimizers() gives them, got a step "
+                f"of a bare {type(optimizer).__name__} (use_pl_optimizer=False): its update would be lost"
+            )
+        self._prepared = None
+        if self._steps_on:
             self.swap_in(self._names_in(optimizer))
 
     def _names_in(self, optimizer: Optimizer) -> frozenset[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 from lightning_fedsparse.data import Client, FederatedDataModule
 from lightning_fedsparse.quiet import QUIET_TRAINER, quiet_lightning
+from lightning_fedsparse.server import ServerState
 
-__all__ = ["Evaluation", "evaluate", "evaluate_clients", "recalibrate"]
+__all__ = ["Evaluation", "Evaluator", "evaluate", "evaluate_clients", "recalibrate"]
 
 
 @dataclass(frozen=True)
@@ -23,12 +25,12 @@ class Evaluation:
     """When and on what the global model is evaluated.
 
     Args:
-        on: ``"validation"`` or ``"test"``: the data module's loaders of that name; ``"none"``: never.
+        split: ``"validation"`` or ``"test"``: the data module's loaders of that name; ``"none"``: never.
         every: Rounds between evaluations; the first and the last round are always evaluated.
         clients: Also evaluate on every client's own validation data, and report mean and minimum over clients.
     """
 
-    on: Literal["validation", "test", "none"] = "validation"
+    split: Literal["validation", "test", "none"] = "validation"
     every: int = 1
     clients: bool = False
 
@@ -39,13 +41,49 @@ class Evaluation:
 
     def is_due(self, done: int, total: int) -> bool:
         """Whether to evaluate after ``done`` of ``total`` rounds."""
-        return self.on != "none" and (done % self.every == 0 or done == total)
+        return self.split != "none" and (done % self.every == 0 or done == total)
+
+
+class Evaluator:
+    """Evaluates the server's state when it is due.
+
+    Args:
+        module: Where the global weights are written for it.
+        data: The federation's data; its own loaders are for the global model.
+        evaluation: When and on what.
+        trainer: Keyword arguments of the clients' Trainer, for its accelerator, precision and the like.
+    """
+
+    def __init__(
+        self, module: pl.LightningModule, data: FederatedDataModule, evaluation: Evaluation, trainer: Mapping[str, Any]
+    ) -> None:
+        self._module = module
+        self._data = data
+        self._evaluation = evaluation
+        self._trainer = trainer
+        self._possible = evaluation.split != "validation" or bool(data.val_dataloader())
+        if not self._possible:
+            warnings.warn(
+                "the global model is not evaluated: evaluation has split='validation' and there is no validation data; give "
+                "the data module a val_dataloader or set split='test' or split='none'",
+                stacklevel=4,
+            )
+
+    def run(self, state: ServerState, done: int, total: int) -> dict[str, float]:
+        """Metrics of the global model after ``done`` of ``total`` rounds; none when evaluation is not due."""
+        if self._evaluation.split == "none" or not self._possible or not self._evaluation.is_due(done, total):
+            return {}
+        state.load_into(self._module)
+        metrics = evaluate(self._module, self._data, self._evaluation.split, self._trainer)
+        if self._evaluation.clients:
+            metrics |= evaluate_clients(self._module, self._data, self._trainer)
+        return metrics
 
 
 def evaluate(
     module: pl.LightningModule,
     data: pl.LightningDataModule,
-    on: Literal["validation", "test"],
+    split: Literal["validation", "test"],
     trainer: Mapping[str, Any],
 ) -> dict[str, float]:
     """Run ``validation_step`` or ``test_step`` over the data module's global loaders.
@@ -55,7 +93,7 @@ def evaluate(
     """
     with quiet_lightning():
         runner = _trainer(trainer)
-        run = runner.validate if on == "validation" else runner.test
+        run = runner.validate if split == "validation" else runner.test
         run(module, datamodule=data, verbose=False)
     return _scalars(runner.callback_metrics)
 

@@ -6,12 +6,13 @@ masks say, so that the plain model computes what training computed, without any 
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_fedsparse.effective import EffectiveWeights
 from lightning_fedsparse.masks import unpack_mask
@@ -43,22 +44,44 @@ def load_folded(checkpoint: str | Path | Mapping[str, Any], module: Module) -> M
         The same module.
 
     Raises:
-        ValueError: If the file holds no ``state_dict``, or its names and shapes are not the module's.
+        ValueError: If the file can't be read with ``weights_only=True``, holds no ``state_dict``, or names and shapes
+            are not the module's, which is then as it was.
     """
     if isinstance(checkpoint, Mapping):
         content, where = checkpoint, "the checkpoint"
     else:
-        content, where = torch.load(checkpoint, map_location="cpu", weights_only=True), str(checkpoint)
+        content, where = _read(checkpoint), str(checkpoint)
     if "state_dict" not in content:
         raise ValueError(f"expected a Trainer's checkpoint with a 'state_dict', found {sorted(content)} in {where}")
-    try:
-        module.load_state_dict(content["state_dict"], strict=True)
-    except RuntimeError as error:
+    expected, found = _shapes(module.state_dict()), _shapes(content["state_dict"])
+    if expected != found:
+        name = min(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         raise ValueError(
-            f"expected a checkpoint of {type(module).__name__}, got another in {where}: {error}"
-        ) from error
+            f"expected a checkpoint of {type(module).__name__}, got another in {where}: {name!r} has shape "
+            f"{expected.get(name)} in the module and {found.get(name)} in the checkpoint"
+        )
+    module.load_state_dict(content["state_dict"])
     parameters = dict(module.named_parameters())
     for state in content.get("callbacks", {}).values():
-        for name, mask in (state.get("masks") or {}).items():
+        masks = state.get("masks") if isinstance(state, Mapping) else None
+        # a callback of someone else's may use the word for another thing
+        for name, mask in masks.items() if isinstance(masks, Mapping) else ():
             parameters[name].mul_(unpack_mask(mask["bits"], mask["shape"]).to(parameters[name].device))
     return module
+
+
+def _read(path: str | Path) -> Mapping[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"expected a checkpoint that loads with weights_only=True, got {path}: if it is yours and holds other objects, "
+            "pass the content that torch.load gives without it"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"expected a Trainer's checkpoint, got a {type(content).__name__} in {path}")
+    return content
+
+
+def _shapes(state_dict: Mapping[str, Any]) -> dict[str, tuple[int, ...] | None]:
+    return {name: tuple(value.shape) if isinstance(value, Tensor) else None for name, value in state_dict.items()}

@@ -17,6 +17,7 @@ Steps 3 to 5 are the client's (:mod:`lightning_fedsparse.client`): what crosses 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,17 +29,17 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from lightning_fedsparse.aggregation import Aggregator, WeightedMean
-from lightning_fedsparse.broadcasting import Broadcaster, pack_masks, unpack_masks
 from lightning_fedsparse.callbacks.base import CallbackList, SparsityCallback
-from lightning_fedsparse.checkpoint import load_checkpoint, save_checkpoint
+from lightning_fedsparse.checkpoint import RunFolder
 from lightning_fedsparse.checks import require_lightning, require_trainer_arguments
 from lightning_fedsparse.client import ClientJob, ClientResult, ClientWorker
 from lightning_fedsparse.console import Console
 from lightning_fedsparse.data import FederatedDataModule
-from lightning_fedsparse.evaluation import Evaluation, evaluate, evaluate_clients, recalibrate
+from lightning_fedsparse.evaluation import Evaluation, Evaluator, evaluate, recalibrate
 from lightning_fedsparse.executors.local import Executor, LocalExecutor
-from lightning_fedsparse.payload import PayloadError, check_update, decode
-from lightning_fedsparse.records import RoundRecord, append_record, read_history, rewrite_history
+from lightning_fedsparse.federation import Federation
+from lightning_fedsparse.payload import Limits, PayloadError, check_update, decode
+from lightning_fedsparse.records import RoundRecord
 from lightning_fedsparse.rounds import ServerRound
 from lightning_fedsparse.sampling import UniformSampling
 from lightning_fedsparse.seeding import derive_seed
@@ -86,7 +87,6 @@ class FederatedLoop:
         console: Show a progress bar, one row per round and a closing summary.
 
     Attributes:
-        state: The server's state, after ``fit`` began.
         history: The records so far.
     """
 
@@ -105,7 +105,7 @@ class FederatedLoop:
         buffers: Literal["average", "local", "recalibrate"] = "average",
         seed: int = 0,
         threads: int = 1,
-        checkpoint_every: int = 10,
+        checkpoint_every: int = 1,
         default_root_dir: str | Path | None = None,
         console: bool = True,
     ) -> None:
@@ -138,11 +138,10 @@ class FederatedLoop:
         self.seed = seed
         self.threads = threads
         self.checkpoint_every = checkpoint_every
-        self.folder = None if default_root_dir is None else Path(default_root_dir)
-        self.console = Console(rounds) if console else None
-        self.state: ServerState | None = None
+        self.folder = RunFolder(default_root_dir)
+        self.console = Console(rounds, quiet=not console)
         self.history: list[RoundRecord] = []
-        self._server_optimizer_factory = server_optimizer
+        self._server_optimizer = server_optimizer
 
     def fit(
         self,
@@ -165,27 +164,28 @@ class FederatedLoop:
             ValueError: If the cohort is larger than the population, or a method finds nothing to do.
         """
         self._start(model, data)
-        done = self._resume(ckpt_path)
+        done = self._restore(ckpt_path)
         console = self.console
         try:
-            if console is not None:
-                console.start(self.history)
-            if done < 0:
-                self._record(-1, _Tally(), {}, time.perf_counter())
-            for index in range(max(done, 0), self.rounds):
+            console.start(self.history)
+            if not self.history:
+                self._record(done, _Tally(), {}, time.perf_counter())
+            for index in range(done, self.rounds):
                 self._round(index)
         except (KeyboardInterrupt, SystemExit) as stop:
             # Lightning turns Ctrl-C inside a fit into SystemExit; the last whole round is what counts
-            if console is not None:
-                console.interrupted(self._last_checkpoint)
+            console.interrupted(self.folder.checkpoint)
             raise KeyboardInterrupt from stop
         finally:
-            if console is not None:
-                console.stop()
-            self._state.load_into(model)
-        if console is not None:
-            console.summary(self.history)
+            console.stop()
+            self._federation.state.load_into(model)
+        console.summary(self.history)
         return self.history
+
+    @property
+    def state(self) -> ServerState:
+        """The server's state, once ``fit`` has begun."""
+        return self._federation.state
 
     def validate(self, model: pl.LightningModule, data: pl.LightningDataModule) -> dict[str, float]:
         """Evaluate a module on the data module's global validation loaders."""
@@ -207,7 +207,7 @@ class FederatedLoop:
         updates = self._receive(results, server_round, tally)
         mean = self._aggregate(updates, tally)
         self._server_step(mean, server_round, cohort)
-        self._record(index, tally, server_round.metrics, started)
+        self._record(index + 1, tally, server_round.metrics, started)
 
     def _sample(self, index: int) -> list[str]:
         return UniformSampling().sample(
@@ -215,37 +215,49 @@ class FederatedLoop:
         )
 
     def _broadcast(self, index: int, cohort: Sequence[str], tally: _Tally) -> Iterator[ClientJob]:
-        self._broadcaster.start(self._state)
+        self._federation.broadcaster.start(self._federation.state)
         for client_id in cohort:
-            payload, reference_id = self._broadcaster.send(client_id)
+            payload, reference_id = self._federation.broadcaster.send(client_id)
             tally.sampled += 1
             tally.bytes_down += len(payload)
             seed = derive_seed(self.seed, "client", index, client_id)
-            memory = self._memories.get(client_id, {})
+            memory = self._federation.memories.get(client_id, {})
             yield ClientJob(client_id, index, self.rounds, seed, payload, reference_id, memory)
 
     def _receive(
         self, results: Iterable[ClientResult], server_round: ServerRound, tally: _Tally
     ) -> Iterator[SparseUpdate]:
-        masks = self._state.masks
-        extra = max((m.extra_upload_values(self._state, server_round) for m in self._methods), default=0)
+        masks = self._federation.state.masks
+        limits = Limits.for_tensors(self._federation.state.tensors)
+        extra = max((m.extra_upload_values(self._federation.state, server_round) for m in self._methods), default=0)
         for result in results:
             tally.bytes_up += len(result.payload)
             if result.memory:
-                self._memories[result.client_id] = dict(result.memory)
+                self._federation.memories[result.client_id] = dict(result.memory)
             try:
-                update = decode(result.payload, reference=masks)
-                check_update(update, self._state.weights, buffers=self._state.buffers, support=masks, max_extra=extra)
+                update = decode(result.payload, reference=masks, limits=limits)
+                if (update.kind, update.absent) != ("weights", "unchanged"):
+                    raise PayloadError(
+                        f"expected weights with what is absent unchanged, got {update.kind!r} with {update.absent!r}"
+                    )
+                check_update(
+                    update,
+                    self._federation.state.weights,
+                    buffers=self._federation.state.buffers,
+                    support=masks,
+                    max_extra=extra,
+                )
             except PayloadError as error:
                 tally.failures[result.client_id] = str(error)
                 continue
-            if "train_loss" in update.metrics:
-                tally.loss_sum += update.metrics["train_loss"] * update.num_examples
+            loss = update.metrics.get("train_loss", math.nan)
+            if math.isfinite(loss):  # a client's word, and JSON has no NaN
+                tally.loss_sum += loss * update.num_examples
                 tally.loss_examples += update.num_examples
             yield update
 
     def _aggregate(self, updates: Iterable[SparseUpdate], tally: _Tally) -> dict[str, Tensor]:
-        self.aggregator.start(self._state.tensors)
+        self.aggregator.start(self._federation.state.tensors)
         for update in updates:
             self.aggregator.add(update)
             tally.returned += 1
@@ -254,25 +266,26 @@ class FederatedLoop:
         return self.aggregator.result()
 
     def _server_step(self, mean: Mapping[str, Tensor], server_round: ServerRound, cohort: Sequence[str]) -> None:
-        self._optimizer.step(self._state, mean)
+        self._federation.optimizer.step(self._federation.state, mean)
         for method in self._methods:
-            self.state = method.on_server_round_end(self._state, server_round)
+            self._federation.state = method.on_server_round_end(self._federation.state, server_round)
         if self.buffers == "recalibrate":
-            self._state.load_into(self._model)
+            self._federation.state.load_into(self._model)
             recalibrate(self._model, [self._data.client(client_id) for client_id in cohort], self.trainer)
-            self._state.buffers = ServerState.of(self._model).buffers
+            self._federation.state.buffers = ServerState.of(self._model).buffers
 
-    def _record(self, index: int, tally: _Tally, metrics: Mapping[str, float], started: float) -> None:
+    def _record(self, done: int, tally: _Tally, metrics: Mapping[str, float], started: float) -> None:
+        state = self._federation.state
         last = self.history[-1] if self.history else None
-        evaluated = self._evaluate(index + 1)
-        dense = sum(tensor.numel() * tensor.element_size() for tensor in self._state.tensors.values())
+        evaluated = self._evaluator.run(state, done, self.rounds)
+        dense = sum(tensor.numel() * tensor.element_size() for tensor in state.tensors.values())
         record = RoundRecord(
-            round=index + 1,
+            round=done,
             clients_sampled=tally.sampled,
             clients_returned=tally.returned,
             clients_failed=len(tally.failures),
             train_loss=tally.loss_sum / tally.loss_examples if tally.loss_examples else None,
-            sparsity=self._state.prunable_sparsity,
+            sparsity=state.prunable_sparsity,
             bytes_down=tally.bytes_down,
             bytes_up=tally.bytes_up,
             total_bytes_down=tally.bytes_down + (last.total_bytes_down if last else 0),
@@ -284,25 +297,14 @@ class FederatedLoop:
             failures=tally.failures,
         )
         self.history.append(record)
-        if self.folder is not None:
-            append_record(self.folder / "history.jsonl", record)
+        self.folder.append(record)
         for logger in self.loggers:
-            logger.log_metrics(record.scalars, step=record.round)
-        if self.console is not None:
-            self.console.row(record)
-        if record.round > 0 and (record.round % self.checkpoint_every == 0 or record.round == self.rounds):
-            self._save_checkpoint()
+            logger.log_metrics(record.scalars, step=done)
+        self.console.row(record)
+        if done > 0 and (done % self.checkpoint_every == 0 or done == self.rounds):
+            self.folder.save({"round": done, **self._federation.state_dict()})
 
-    def _evaluate(self, done: int) -> dict[str, float]:
-        if self.evaluation.on == "none" or not self.evaluation.is_due(done, self.rounds):
-            return {}
-        self._state.load_into(self._model)
-        metrics = evaluate(self._model, self._data, self.evaluation.on, self.trainer)
-        if self.evaluation.clients:
-            metrics |= evaluate_clients(self._model, self._data, self.trainer)
-        return metrics
-
-    # -- a run's beginning and its checkpoints ---------------------------------------------------------------------
+    # -- a run's beginning -----------------------------------------------------------------------------------------
 
     def _start(self, model: pl.LightningModule, data: FederatedDataModule) -> None:
         require_lightning(model, pl.LightningModule, "the model")
@@ -312,77 +314,27 @@ class FederatedLoop:
                 "FederatedDataModule(datamodule, IidPartition(num_clients=10))"
             )
         model.configure_model()
+        self.history = []
         self._model = model
         self._data = data
         self._methods = [callback for callback in self.callbacks if isinstance(callback, SparsityCallback)]
-        self._memories: dict[str, dict[str, Any]] = {}
-        self._broadcaster = Broadcaster()
-        self._optimizer = ServerOptimizer(self._server_optimizer_factory)
-        self._last_checkpoint: Path | None = None
+        self._federation = Federation(ServerState.of(model), ServerOptimizer(self._server_optimizer))
+        self._sample(0)  # a cohort larger than the population is an error now, not after the first evaluation
+        self._evaluator = Evaluator(model, data, self.evaluation, self.trainer)
         self._worker = ClientWorker(
             model, data, self.callbacks, self.trainer, local_buffers=self.buffers == "local", threads=self.threads
         )
-        self._sample(0)  # a cohort larger than the population is an error now, not after the first evaluation
-        self.history = []
-        self.state = ServerState.of(model)
         for position, method in enumerate(self._methods):
-            self.state = method.on_server_start(model, self.state, derive_seed(self.seed, "method", position))
-        if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            seed = derive_seed(self.seed, "method", position)
+            self._federation.state = method.on_server_start(model, self._federation.state, seed)
 
-    @property
-    def _state(self) -> ServerState:
-        assert self.state is not None
-        return self.state
-
-    def _save_checkpoint(self) -> None:
-        if self.folder is None:
-            return
-        self._last_checkpoint = self.folder / "checkpoints" / "last.ckpt"
-        content = {
-            "round": self.history[-1].round,
-            "weights": self._state.weights,
-            "buffers": self._state.buffers,
-            "masks": pack_masks(self._state.masks),
-            "methods": self._state.methods,
-            "optimizer": self._optimizer.state_dict(),
-            "broadcaster": self._broadcaster.state_dict(),
-            "memories": self._memories,
-        }
-        save_checkpoint(self._last_checkpoint, content)
-
-    def _resume(self, ckpt_path: str | Path | None) -> int:
-        """Rounds done: -1 for a fresh start, before the initial evaluation."""
-        history = None if self.folder is None else self.folder / "history.jsonl"
+    def _restore(self, ckpt_path: str | Path | None) -> int:
+        """Rounds done so far."""
         if ckpt_path is None:
-            if history is not None and history.exists():
-                raise ValueError(
-                    f"expected an empty run folder, found a history in {self.folder}: resume it or take another"
-                )
-            return -1
-        if ckpt_path == "last":
-            if self.folder is None:
-                raise ValueError("expected default_root_dir with ckpt_path='last', got None: there is no run folder")
-            ckpt_path = self.folder / "checkpoints" / "last.ckpt"
-        content = load_checkpoint(Path(ckpt_path))
-        state = self._state
-        expected = {name: tuple(tensor.shape) for name, tensor in state.weights.items()}
-        found = {name: tuple(tensor.shape) for name, tensor in content["weights"].items()}
-        if expected != found:
-            name = min(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-            raise ValueError(
-                f"expected the checkpoint of this model, got another: {name!r} has shape {expected.get(name)} here and "
-                f"{found.get(name)} in {ckpt_path}"
-            )
-        self.state = ServerState(
-            content["weights"], content["buffers"], unpack_masks(content["masks"]), content["methods"]
-        )
-        self._optimizer.load_state_dict(self.state, content["optimizer"])
-        self._broadcaster.load_state_dict(content["broadcaster"])
-        self._worker.hold(self._broadcaster.versions)
-        self._memories = content["memories"]
+            self.folder.start()
+            return 0
+        content, self.history = self.folder.resume(ckpt_path)
+        self._federation.load_state_dict(content)
+        self._worker.hold(self._federation.broadcaster.versions)
         done: int = content["round"]
-        if history is not None:
-            self.history = [record for record in read_history(history) if record.round <= done]
-            rewrite_history(history, self.history)
         return done

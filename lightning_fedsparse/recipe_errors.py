@@ -86,7 +86,7 @@ def explain(message: str, known_keys: Iterable[str]) -> str:
     if match := _IMPORT_PATH.search(leaf.text):
         return f"expected {leaf.where} to be a class by its import path, such as package.module.Name, got {match[1]!r}"
     if match := _NOT_A_SUBCLASS.search(leaf.text):
-        return f"expected {leaf.where} to be a {match[2]}, got {match['given'] or _given(None, message)}"
+        return f"expected {leaf.where} to be {_article(match[2])}, got {match['given'] or _given(None, message)}"
     if match := _EXPECTED.match(leaf.text):
         types = [other.text for other in leaves if (other.keys, other.depth) == (leaf.keys, leaf.depth)]
         return f"expected {leaf.where} to be {_types(types)}, got {_given(match[2], message)}"
@@ -169,8 +169,11 @@ def _types(texts: Sequence[str]) -> str:
         name = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", match[1]).replace("typing.", "").replace("NoneType", "null")
         names.append(re.sub(r"^Literal\[(.+)\]$", r"one of \1", name))
     joined = " or ".join(dict.fromkeys(names))
-    article = "" if joined.startswith(("one of", "null")) else "an " if joined[0] in "aeio" else "a "
-    return article + joined
+    return joined if joined.startswith(("one of", "null")) else _article(joined)
+
+
+def _article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeioAEIO' else 'a'} {noun}"
 
 
 def _given(value: str | None, message: str) -> str:

@@ -1,10 +1,8 @@
 """The loop against a plain-Python FedAvg, and what a round must keep true."""
 
 import copy
-import json
 
 import lightning.pytorch as pl
-import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -16,7 +14,7 @@ from lightning_fedsparse.evaluation import Evaluation
 from lightning_fedsparse.sampling import UniformSampling
 from lightning_fedsparse.seeding import derive_seed
 
-QUIET = Evaluation(on="none")
+QUIET = Evaluation(split="none")
 
 
 class Net(pl.LightningModule):

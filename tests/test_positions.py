@@ -37,7 +37,7 @@ def test_gaps_bytes():
     # skipped before each of 2, 3, 10: 2, 0, 6; shift 0
     assert pack_gaps(np.array([2, 3, 10]), 16) == b"\0" + deflate(bytes([2, 0, 6]))
     # 300 skipped: 255 and 45, then 0
-    assert pack_gaps(np.array([300, 301] + list(range(302, 320))), 400)[1:] == deflate(bytes([255, 45] + [0] * 19))
+    assert pack_gaps(np.array([300, *range(301, 320)]), 400)[1:] == deflate(bytes([255, 45] + [0] * 19))
     # a mean gap of 500 shifts by 3: 1001 = 125 << 3 | 1 and 5 = 0 << 3 | 5
     planes = bytes([0b11000000, 0b00000000, 0b01000000])
     assert pack_gaps(np.array([1001, 1007]), 1023) == b"\3" + planes + deflate(bytes([125, 0]))

@@ -73,7 +73,7 @@ def run(where: str, method: str, seed: int) -> None:
         5,
         METHODS[method](),
         {"max_epochs": 5},
-        evaluation=Evaluation(on="test"),
+        evaluation=Evaluation(split="test"),
         seed=seed,
         default_root_dir=folder,
         console=False,

@@ -1,0 +1,183 @@
+"""The ``fedsparse`` command: run, resume, list and show recipes.
+
+Exit codes: 0 done, 1 bad input that only running could find, 2 a recipe or command line that cannot be run, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import linecache
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from lightning_fedsparse.recipe import RESOLVED_NAME, Recipe, RecipeError, describe, find_recipe, shipped_recipes
+
+if TYPE_CHECKING:
+    from lightning_fedsparse.runs import Run
+
+__all__ = ["main"]
+
+_SAVED = {
+    RESOLVED_NAME: "every argument of this run",
+    "history.jsonl": "one line per round",
+    "logs": "metrics per step",
+    "checkpoints/last.ckpt": "the last checkpoint",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        code: int = options.command(options)
+    except RecipeError as error:
+        return _fail(error, 2)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        if not _is_our_sentence(error.__traceback__):
+            raise
+        return _fail(error, 1)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fedsparse", description="Sparse federated training for PyTorch Lightning.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    run = commands.add_parser("run", help="train a recipe", description="Train a recipe in a new run folder.")
+    run.set_defaults(command=_run)
+    run.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name (see list) or a YAML file")
+    _add_overrides(run)
+
+    resume = commands.add_parser("resume", help="go on with a run", description="Go on from a run's last checkpoint.")
+    resume.set_defaults(command=_resume)
+    resume.add_argument("folder", metavar="RUN", type=Path, help="the run folder")
+    _add_overrides(resume)
+
+    lister = commands.add_parser("list", help="list the shipped recipes", description="List the shipped recipes.")
+    lister.set_defaults(command=_list)
+
+    show = commands.add_parser("show", help="print a recipe", description="Print a recipe as it is written.")
+    show.set_defaults(command=_show)
+    show.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
+    return parser
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "overrides",
+        metavar="--KEY=VALUE",
+        nargs=argparse.REMAINDER,
+        help="any key of the recipe, such as --loop.rounds=50 or --loop.callbacks.sparsity=0.9; --help lists them",
+    )
+
+
+def _run(options: argparse.Namespace) -> int:
+    recipe = _read(find_recipe(options.recipe), options.overrides)
+
+    from lightning_fedsparse.runs import fresh_folder, make_run
+
+    folder = fresh_folder(recipe)
+    run = make_run(recipe, folder)
+    run.save_recipe()
+    _fit(run, resume=False)
+    return 0
+
+
+def _resume(options: argparse.Namespace) -> int:
+    path = options.folder / RESOLVED_NAME
+    if not path.is_file():
+        raise RecipeError(f"expected a run folder with a {RESOLVED_NAME}, found none in {options.folder}")
+    recipe = _read(path, options.overrides)
+
+    from lightning_fedsparse.runs import make_run
+
+    run = make_run(recipe, options.folder)
+    if not run.checkpoint.is_file():
+        raise RecipeError(f"expected a checkpoint to go on from, found none at {run.checkpoint}")
+    try:
+        _fit(run, resume=True)
+    except KeyboardInterrupt:
+        run.save_recipe()
+        raise
+    # only now: overrides that the run turned down must not stay in its folder
+    run.save_recipe()
+    return 0
+
+
+def _list(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("what it is")
+    for name, path in shipped_recipes().items():
+        table.add_row(name, describe(path))
+    Console(highlight=False).print(table)
+    return 0
+
+
+def _show(options: argparse.Namespace) -> int:
+    sys.stdout.write(find_recipe(options.recipe).read_text(encoding="utf-8"))
+    return 0
+
+
+def _read(path: Path, overrides: Sequence[str]) -> Recipe:
+    # a recipe names the user's own classes; at the end, so that no file here hides an installed module
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    return Recipe.read(path, overrides)
+
+
+def _fit(run: Run, *, resume: bool) -> None:
+    try:
+        metrics = run.fit(resume=resume)
+    except KeyboardInterrupt:
+        if run.checkpoint.is_file():
+            print(f"go on with: fedsparse resume {run.folder}")
+        raise
+    for name, value in metrics.items():
+        print(f"{name}  {value:.4f}")
+    print(f"\nsaved in {run.folder}")
+    width = max(map(len, _SAVED))
+    for name, what in _SAVED.items():
+        if (run.folder / name).exists():
+            print(f"  {name:<{width}}  {what}")
+    print("\nnext")
+    print(f"  fedsparse resume {run.folder} {_more(run)}")
+    print("  fedsparse list")
+
+
+def _more(run: Run) -> str:
+    """The override that makes a finished run longer."""
+    if run.recipe.section == "loop":
+        return f"--loop.rounds={2 * run.recipe.config['loop.rounds']}"
+    return f"--trainer.max_epochs={2 * (run.recipe.config['trainer.max_epochs'] or 1)}"
+
+
+def _is_our_sentence(trace: TracebackType | None) -> bool:
+    """Whether an error was raised by a ``raise`` of this package: then its message was written for the user.
+
+    Any other error is a bug, of this package or of the user's code, and needs its traceback.
+    """
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None or not str(trace.tb_frame.f_globals.get("__name__")).startswith("lightning_fedsparse."):
+        return False
+    line = linecache.getline(trace.tb_frame.f_code.co_filename, trace.tb_lineno)
+    return line.lstrip().startswith("raise")
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

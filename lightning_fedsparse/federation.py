@@ -1,0 +1,59 @@
+"""What a federation carries from round to round on the server's side, as one thing to save and restore."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_fedsparse.broadcasting import Broadcaster, pack_masks, unpack_masks
+from lightning_fedsparse.server import ServerOptimizer, ServerState
+
+__all__ = ["Federation"]
+
+
+@dataclass
+class Federation:
+    """The server's memory.
+
+    Args:
+        state: Global weights, buffers and masks, and the methods' own state.
+        optimizer: The server's optimizer.
+        broadcaster: Who holds which masks.
+        memories: What each client's callbacks remember, by client id.
+    """
+
+    state: ServerState
+    optimizer: ServerOptimizer
+    broadcaster: Broadcaster = field(default_factory=Broadcaster)
+    memories: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, as tensors and primitives."""
+        return {
+            "weights": self.state.weights,
+            "buffers": self.state.buffers,
+            "masks": pack_masks(self.state.masks),
+            "methods": self.state.methods,
+            "optimizer": self.optimizer.state_dict(),
+            "broadcaster": self.broadcaster.state_dict(),
+            "memories": self.memories,
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take back what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: If it is of another model, naming the first tensor that differs.
+        """
+        expected = {name: tuple(tensor.shape) for name, tensor in self.state.weights.items()}
+        found = {name: tuple(tensor.shape) for name, tensor in saved["weights"].items()}
+        if expected != found:
+            name = min(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+            raise ValueError(
+                f"expected a checkpoint of this model, got another's: {name!r} has shape {expected.get(name)} in the "
+                f"model and {found.get(name)} in the checkpoint"
+            )
+        self.state = ServerState(saved["weights"], saved["buffers"], unpack_masks(saved["masks"]), saved["methods"])
+        self.optimizer.load_state_dict(self.state, saved["optimizer"])
+        self.broadcaster.load_state_dict(saved["broadcaster"])
+        self.memories = saved["memories"]

@@ -1,0 +1,139 @@
+"""A recipe in a run folder: built, saved beside its results, run or continued."""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from lightning_fedsparse.loop import FederatedLoop
+from lightning_fedsparse.quiet import quiet_lightning
+from lightning_fedsparse.recipe import RESOLVED_NAME, Recipe, RecipeError
+
+__all__ = ["FederatedRun", "PlainRun", "Run", "fresh_folder", "make_run"]
+
+
+class Run(ABC):
+    """A recipe's objects, built, with the folder where they leave their results.
+
+    Args:
+        recipe: What to run.
+        folder: The run folder.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self.recipe = recipe
+        self.folder = folder
+
+    def save_recipe(self) -> None:
+        """Write the resolved recipe into the run folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / RESOLVED_NAME).write_text(self.recipe.resolved, encoding="utf-8")
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the run's last checkpoint is, once there is one."""
+        return self.folder / "checkpoints" / "last.ckpt"
+
+    @abstractmethod
+    def fit(self, *, resume: bool) -> dict[str, float]:
+        """Train, from the start or from the last checkpoint.
+
+        Returns:
+            What is left to report: metrics that were not shown on the way.
+
+        Raises:
+            KeyboardInterrupt: On Ctrl-C, after what was done is saved.
+        """
+
+
+class FederatedRun(Run):
+    """A run of ``FederatedLoop``, which shows and records its rounds itself."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        super().__init__(recipe, folder)
+        built = recipe.build()
+        self._model, self._data = built["model"], built["data"]
+        self.loop = FederatedLoop(**{**built["loop"], "default_root_dir": folder})
+
+    def fit(self, *, resume: bool) -> dict[str, float]:
+        """See :meth:`Run.fit`."""
+        self.loop.fit(self._model, self._data, ckpt_path="last" if resume else None)
+        return {}
+
+
+class PlainRun(Run):
+    """A run of ``lightning.pytorch.Trainer``: the same callbacks without federation."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        super().__init__(recipe, folder)
+        built = recipe.build()
+        self._model, self._data = built["model"], built["data"]
+        with quiet_lightning():
+            self.trainer = pl.Trainer(**self._arguments(built["trainer"]))
+
+    def fit(self, *, resume: bool) -> dict[str, float]:
+        """See :meth:`Run.fit`; also tests, where there is a test set."""
+        with quiet_lightning():
+            try:
+                self.trainer.fit(self._model, datamodule=self._data, ckpt_path=self.checkpoint if resume else None)
+            except SystemExit as stop:
+                # what Lightning makes of Ctrl-C
+                raise KeyboardInterrupt from stop
+            metrics = dict(self.trainer.callback_metrics)
+            if is_overridden("test_step", self._model) and is_overridden("test_dataloader", self._data):
+                self.trainer.test(self._model, datamodule=self._data, verbose=False)
+                metrics |= self.trainer.callback_metrics
+        return {name: float(torch.as_tensor(value)) for name, value in metrics.items()}
+
+    def _arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        # with a recipe's own words over these, all that a run writes is in its folder
+        arguments = {
+            "logger": CSVLogger(self.folder, name="logs"),
+            "enable_progress_bar": sys.stderr.isatty(),
+            "enable_model_summary": False,
+            **given,
+            "default_root_dir": self.folder,
+        }
+        if arguments.get("enable_checkpointing", True):
+            last = ModelCheckpoint(self.folder / "checkpoints", save_top_k=0, save_last=True)
+            arguments["callbacks"] = [*(arguments.get("callbacks") or []), last]
+        return arguments
+
+
+def make_run(recipe: Recipe, folder: Path) -> Run:
+    """Build a recipe: all that can be wrong in its values is found here."""
+    return FederatedRun(recipe, folder) if recipe.section == "loop" else PlainRun(recipe, folder)
+
+
+def fresh_folder(recipe: Recipe) -> Path:
+    """Return where a new run goes: what the recipe says, else ``runs/NAME``, ``runs/NAME-2``, ...
+
+    Raises:
+        RecipeError: If the recipe asks for a folder that holds a run.
+    """
+    if recipe.folder is not None:
+        if _is_taken(recipe.folder):
+            raise RecipeError(
+                f"expected an empty or new run folder, found a run in {recipe.folder}: continue it with "
+                f"`fedsparse resume {recipe.folder}` or name another"
+            )
+        return recipe.folder
+    folder, number = Path("runs", recipe.name), 1
+    while _is_taken(folder):
+        number += 1
+        folder = Path("runs", f"{recipe.name}-{number}")
+    return folder
+
+
+def _is_taken(folder: Path) -> bool:
+    # a recipe alone is what a run leaves that failed before its first record
+    return folder.is_dir() and any(path.name != RESOLVED_NAME for path in folder.iterdir())
