@@ -14,11 +14,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_fedsparse.effective import EffectiveWeights, Transform
-from lightning_fedsparse.rounds import ClientRound, ServerRound
+from lightning_fedsparse.rounds import ClientRound, ServerRound, UploadRule
 from lightning_fedsparse.schedules import Progress
 from lightning_fedsparse.server import ServerState
 from lightning_fedsparse.update import SparseUpdate
@@ -58,9 +59,12 @@ class SparsityCallback(pl.Callback):
         """On the server, after the server step of a round: masks move here."""
         return state
 
-    def extra_upload_values(self, state: ServerState, server_round: ServerRound) -> int:
-        """How many values this method's uploads of the round may hold beyond the broadcast's support."""
-        return 0
+    def upload_rule(self, state: ServerState, server_round: ServerRound) -> UploadRule | None:
+        """What the round's uploads may be, where this method changes them; None leaves it to the other methods."""
+        return None
+
+    def to_effective_(self, weights: dict[str, Tensor]) -> None:
+        """Turn global stored weights into those that forward uses, in place: what is evaluated and returned."""
 
     def client_state_dict(self) -> dict[str, Any]:
         """What the client remembers until its next round (tensors and primitives); empty for stateless methods."""
@@ -84,7 +88,7 @@ class SparsityCallback(pl.Callback):
             total = trainer.estimated_stepping_batches
             # Lightning's answer for a loader without length and a Trainer without max_steps is -1
             return Progress(steps, total if total >= 0 else float("inf"))
-        batches = trainer.fit_loop.epoch_loop.batch_progress.total.processed if steps else 0
+        batches = trainer.fit_loop.epoch_loop.batch_progress.total.processed if steps else 0  # type: ignore[attr-defined]
         epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else float("inf")
         total = trainer.num_training_batches * epochs
         if trainer.max_steps >= 0:

@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -24,11 +25,23 @@ __all__ = ["DenseStatistics"]
 
 
 class DenseStatistics(SparsityCallback):
-    """Take BatchNorm's running statistics from a second, dense forward pass of every training batch."""
+    """Take BatchNorm's running statistics from a second, dense forward pass of every training batch.
+
+    Raises:
+        ValueError: At the start of ``fit`` under manual optimization, where a second ``training_step`` would step again.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._before: dict[str, Tensor] = {}
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not pl_module.automatic_optimization:
+            raise ValueError(
+                f"expected automatic optimization beside DenseStatistics, got {type(pl_module).__name__} with manual: "
+                "its training_step can't run a second time without stepping"
+            )
 
     @override
     def on_train_batch_start(
@@ -48,7 +61,10 @@ class DenseStatistics(SparsityCallback):
             # its loss is thrown away and must not be logged a second time
             pl_module.__dict__["log"] = pl_module.__dict__["log_dict"] = lambda *args, **kwargs: None
             try:
-                pl_module.training_step(batch, batch_idx)
+                if is_param_in_hook_signature(pl_module.training_step, "batch_idx", min_args=2):
+                    pl_module.training_step(batch, batch_idx)
+                else:
+                    pl_module.training_step(batch)
             finally:
                 del pl_module.__dict__["log"], pl_module.__dict__["log_dict"]
 

@@ -26,7 +26,7 @@ from typing_extensions import override
 from lightning_fedsparse.callbacks.magnitude_pruning import MagnitudePruning
 from lightning_fedsparse.distributions import erk_sparsities
 from lightning_fedsparse.masks import kept_counts, magnitude_masks, random_masks, top_masks
-from lightning_fedsparse.rounds import ClientRound, ServerRound
+from lightning_fedsparse.rounds import ClientRound, ServerRound, UploadRule
 from lightning_fedsparse.schedules import Progress, Schedule
 from lightning_fedsparse.seeding import derive_seed
 from lightning_fedsparse.server import ServerState
@@ -174,12 +174,14 @@ class DynamicPruning(MagnitudePruning):
         return state
 
     @override
-    def extra_upload_values(self, state: ServerState, server_round: ServerRound) -> int:
+    def upload_rule(self, state: ServerState, server_round: ServerRound) -> UploadRule | None:
         masks = {name: mask for name in self._names if (mask := state.masks[name]) is not None}
         if self.uploads_all:
-            return sum(int((~mask).count_nonzero()) for mask in masks.values())
+            return UploadRule(extra_values=sum(int((~mask).count_nonzero()) for mask in masks.values()))
         coming = Progress(server_round.index + 1, server_round.total)
-        return self._max_candidates(masks) if self.regrow == "candidates" and self.reconfigures(coming) else 0
+        if self.regrow == "candidates" and self.reconfigures(coming):
+            return UploadRule(extra_values=self._max_candidates(masks))
+        return None
 
     def _max_candidates(self, masks: Mapping[str, Tensor]) -> int:
         return int(self.max_candidates * sum(int(mask.count_nonzero()) for mask in masks.values()))

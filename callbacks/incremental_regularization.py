@@ -28,7 +28,7 @@ from typing_extensions import override
 from lightning_fedsparse.callbacks.base import EffectiveWeightCallback
 from lightning_fedsparse.effective import EffectiveWeights, Transform, Weights
 from lightning_fedsparse.prunable import prunable_parameters
-from lightning_fedsparse.schedules import Schedule
+from lightning_fedsparse.schedules import Progress, Schedule
 
 __all__ = ["IncrementalRegularization", "add_norm_gradient_"]
 
@@ -87,7 +87,7 @@ class IncrementalRegularization(EffectiveWeightCallback):
         exclude: Globs of parameter names to leave out.
 
     Raises:
-        ValueError: At construction for a negative lambda or a ``p`` below 1; at the start of ``fit`` for a model
+        ValueError: At construction for a negative lambda at either end or a ``p`` below 1; at the start of ``fit`` for a model
             without such weights or a glob that matches nothing.
     """
 
@@ -102,6 +102,8 @@ class IncrementalRegularization(EffectiveWeightCallback):
         super().__init__()
         if not 1 <= p < float("inf"):
             raise ValueError(f"expected the order p of a norm in [1, inf), got {p}")
+        for progress in (Progress(0, 1), Progress(1, 1)):
+            _require_strength(schedule(progress), schedule)
         self.schedule = schedule
         self.p = p
         self.include = tuple(include)
@@ -133,7 +135,10 @@ class IncrementalRegularization(EffectiveWeightCallback):
     def _set_strength(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         penalty = EffectiveWeights.of(pl_module).transform_of(self)
         assert isinstance(penalty, _NormPenalty)
-        strength = self.schedule(self.progress(trainer))
-        if strength < 0:
-            raise ValueError(f"expected a regularization strength of at least 0, got {strength} from {self.schedule}")
-        penalty.strength = strength
+        penalty.strength = self.schedule(self.progress(trainer))
+        _require_strength(penalty.strength, self.schedule)
+
+
+def _require_strength(strength: float, schedule: Schedule) -> None:
+    if strength < 0:
+        raise ValueError(f"expected a regularization strength of at least 0, got {strength} from {schedule}")

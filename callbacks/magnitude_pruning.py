@@ -73,7 +73,8 @@ class MagnitudePruning(EffectiveWeightCallback):
 
     Raises:
         ValueError: At construction for a schedule or times out of range; at the start of ``fit`` for a model with
-            nothing to prune or a glob that matches nothing.
+            nothing to prune or a glob that matches nothing; in evaluation for a module of other shapes than the last
+            one, whose masks still hold.
     """
 
     def __init__(
@@ -160,11 +161,18 @@ class MagnitudePruning(EffectiveWeightCallback):
     def transform(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Transform | None:
         self.find_names(pl_module)
         parameters = dict(pl_module.named_parameters())
-        self.masks = {
-            name: self.masks.get(name, torch.ones_like(parameters[name], dtype=torch.bool)).to(parameters[name].device)
-            for name in self._names
-        }
-        return MaskTransform(self.masks)
+        masks = {}
+        for name in self._names:
+            weight = parameters[name]
+            mask = self.masks.get(name, torch.ones_like(weight, dtype=torch.bool))
+            if mask.shape != weight.shape:
+                raise ValueError(
+                    f"expected the module that {type(self).__name__} pruned last, got {type(pl_module).__name__} whose "
+                    f"{name!r} has shape {tuple(weight.shape)} where the mask has {tuple(mask.shape)}"
+                )
+            masks[name] = mask.to(weight.device)
+        self.masks = masks
+        return MaskTransform(masks)
 
     @property
     @override

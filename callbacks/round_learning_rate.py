@@ -55,8 +55,9 @@ class RoundLearningRate(SparsityCallback):
                         if key in group:
                             group[key] *= ratio
             for config in trainer.lr_scheduler_configs:
-                if hasattr(config.scheduler, "base_lrs"):
-                    config.scheduler.base_lrs = [rate * ratio for rate in config.scheduler.base_lrs]
+                for key in ("base_lrs", "max_lrs"):
+                    if hasattr(config.scheduler, key):
+                        setattr(config.scheduler, key, [rate * ratio for rate in getattr(config.scheduler, key)])
         self._applied = factor
 
     @override

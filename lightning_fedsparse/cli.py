@@ -1,6 +1,6 @@
 """The ``fedsparse`` command: run, resume, list and show recipes.
 
-Exit codes: 0 done, 1 bad input that only running could find, 2 a recipe or command line that cannot be run, 130 Ctrl-C.
+Exit codes: 0 done, 1 bad input that only the run could find, 2 a command line or recipe that is wrong, 130 Ctrl-C.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from lightning_fedsparse.data import Client, FederatedDataModule
 from lightning_fedsparse.quiet import QUIET_TRAINER, quiet_lightning
-from lightning_fedsparse.server import ServerState
 
 __all__ = ["Evaluation", "Evaluator", "evaluate", "evaluate_clients", "recalibrate"]
 
@@ -45,7 +44,7 @@ class Evaluation:
 
 
 class Evaluator:
-    """Evaluates the server's state when it is due.
+    """Evaluates the global model when it is due.
 
     Args:
         module: Where the global weights are written for it.
@@ -69,11 +68,13 @@ class Evaluator:
                 stacklevel=4,
             )
 
-    def run(self, state: ServerState, done: int, total: int) -> dict[str, float]:
-        """Metrics of the global model after ``done`` of ``total`` rounds; none when evaluation is not due."""
-        if self._evaluation.split == "none" or not self._possible or not self._evaluation.is_due(done, total):
-            return {}
-        state.load_into(self._module)
+    def is_due(self, done: int, total: int) -> bool:
+        """Whether to evaluate after ``done`` of ``total`` rounds."""
+        return self._possible and self._evaluation.is_due(done, total)
+
+    def run(self) -> dict[str, float]:
+        """Metrics of what the module holds."""
+        assert self._evaluation.split != "none"
         metrics = evaluate(self._module, self._data, self._evaluation.split, self._trainer)
         if self._evaluation.clients:
             metrics |= evaluate_clients(self._module, self._data, self._trainer)

@@ -40,7 +40,7 @@ from lightning_fedsparse.executors.local import Executor, LocalExecutor
 from lightning_fedsparse.federation import Federation
 from lightning_fedsparse.payload import Limits, PayloadError, check_update, decode
 from lightning_fedsparse.records import RoundRecord
-from lightning_fedsparse.rounds import ServerRound
+from lightning_fedsparse.rounds import ServerRound, UploadRule
 from lightning_fedsparse.sampling import UniformSampling
 from lightning_fedsparse.seeding import derive_seed
 from lightning_fedsparse.server import OptimizerFactory, ServerOptimizer, ServerState
@@ -178,7 +178,7 @@ class FederatedLoop:
             raise KeyboardInterrupt from stop
         finally:
             console.stop()
-            self._federation.state.load_into(model)
+            self._load_global()
         console.summary(self.history)
         return self.history
 
@@ -227,26 +227,17 @@ class FederatedLoop:
     def _receive(
         self, results: Iterable[ClientResult], server_round: ServerRound, tally: _Tally
     ) -> Iterator[SparseUpdate]:
-        masks = self._federation.state.masks
-        limits = Limits.for_tensors(self._federation.state.tensors)
-        extra = max((m.extra_upload_values(self._federation.state, server_round) for m in self._methods), default=0)
+        state = self._federation.state
+        limits = Limits.for_tensors(state.tensors)
+        rules = [method.upload_rule(state, server_round) for method in self._methods]
+        rule = next((rule for rule in rules if rule is not None), UploadRule())
         for result in results:
             tally.bytes_up += len(result.payload)
             if result.memory:
                 self._federation.memories[result.client_id] = dict(result.memory)
             try:
-                update = decode(result.payload, reference=masks, limits=limits)
-                if (update.kind, update.absent) != ("weights", "unchanged"):
-                    raise PayloadError(
-                        f"expected weights with what is absent unchanged, got {update.kind!r} with {update.absent!r}"
-                    )
-                check_update(
-                    update,
-                    self._federation.state.weights,
-                    buffers=self._federation.state.buffers,
-                    support=masks,
-                    max_extra=extra,
-                )
+                update = decode(result.payload, reference=state.masks, limits=limits)
+                check_update(update, state.weights, buffers=state.buffers, support=state.masks, rule=rule)
             except PayloadError as error:
                 tally.failures[result.client_id] = str(error)
                 continue
@@ -277,7 +268,10 @@ class FederatedLoop:
     def _record(self, done: int, tally: _Tally, metrics: Mapping[str, float], started: float) -> None:
         state = self._federation.state
         last = self.history[-1] if self.history else None
-        evaluated = self._evaluator.run(state, done, self.rounds)
+        evaluated = {}
+        if self._evaluator.is_due(done, self.rounds):
+            self._load_global()
+            evaluated = self._evaluator.run()
         dense = sum(tensor.numel() * tensor.element_size() for tensor in state.tensors.values())
         record = RoundRecord(
             round=done,
@@ -303,6 +297,12 @@ class FederatedLoop:
         self.console.row(record)
         if done > 0 and (done % self.checkpoint_every == 0 or done == self.rounds):
             self.folder.save({"round": done, **self._federation.state_dict()})
+
+    def _load_global(self) -> None:
+        """Write the global model into the user's module as forward uses it."""
+        self._federation.state.load_into(self._model)
+        for method in self._methods:
+            method.to_effective_(dict(self._model.named_parameters()))
 
     # -- a run's beginning -----------------------------------------------------------------------------------------
 

@@ -119,7 +119,7 @@ class Recipe:
         for name in list(config[trainer].keys()):
             if name.split(".")[0] not in given and name in config[trainer]:
                 del config[trainer][name]
-        text: str = self.parser.dump(config, skip_none=False, skip_validation=True)
+        text = self.parser.dump(config, skip_unset=False, skip_validation=True)
         return f"# {self.name}, as it ran: every argument spelled out\n{text}"
 
     def build(self) -> dict[str, Any]:
@@ -128,11 +128,20 @@ class Recipe:
         Returns:
             ``model``, ``data``, and under the section's name its keyword arguments with all objects built; those of a
             Trainer without the ones that are at their defaults.
+
+        Raises:
+            RecipeError: If a value is out of range.
         """
         import lightning.pytorch as pl
 
         pl.seed_everything(self.config["seed_everything"], verbose=False)
-        built = self.parser.instantiate_classes(self.config)
+        try:
+            built = self.parser.instantiate(self.config)
+        except ValueError as error:
+            # what a constructor says about a value comes wrapped in the union of its argument's types
+            if "Union subtypes" not in str(error):
+                raise
+            raise RecipeError(explain(str(error), [])) from error
         trainer = "loop.trainer" if self.section == "loop" else "trainer"
         arguments = {name: built[trainer][name] for name in _given_trainer_arguments(self.parser, self.config, trainer)}
         section = arguments
@@ -185,7 +194,7 @@ def _parser(data: type) -> ArgumentParser:
     from jsonargparse import ArgumentParser
     from lightning.pytorch import LightningModule
 
-    parser = ArgumentParser(prog="fedsparse run RECIPE", exit_on_error=False)
+    parser = ArgumentParser(prog="fedsparse run RECIPE", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file whose keys override those before it")
     parser.add_argument("--seed_everything", type=int, default=0, help="seed of the model's weights and the federation")
     parser.add_subclass_arguments(LightningModule, "model", required=True)

@@ -33,7 +33,7 @@ _STRUCTURE = re.compile(
 )
 # branches of unions that the user's input is unlikely to have meant
 _ALTERNATIVE = re.compile(
-    r"^(Expected an? (<class '(NoneType|list)'>|path)|Not a valid subclass of)|not .* subclass of Callback"
+    r"^(Expected an? (<class '(NoneType|list|collections.abc.Sequence)'>|path)|Not a valid subclass of)|not .* subclass of Callback"
 )
 
 
@@ -156,8 +156,10 @@ def _unknown_argument(leaf: _Leaf, name: str) -> str:
 
 
 def _parameters(class_path: str | None) -> list[str]:
+    module, _, name = (class_path or "").rpartition(".")
     try:
-        signature = inspect.signature(pkgutil.resolve_name(class_path or ""))
+        # with a colon: feddip, say, is a function in a package that also has a module of that name
+        signature = inspect.signature(pkgutil.resolve_name(f"{module}:{name}"))
     except (ValueError, TypeError, ImportError, AttributeError):
         return []
     return [name for name in signature.parameters if name not in ("self", "args", "kwargs")]

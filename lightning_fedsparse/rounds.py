@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lightning_fedsparse.schedules import Progress
-from lightning_fedsparse.update import MaskSet
+from lightning_fedsparse.update import Absent, Kind, MaskSet
 
-__all__ = ["ClientRound", "ServerRound"]
+__all__ = ["ClientRound", "ServerRound", "UploadRule"]
 
 
 @dataclass(frozen=True)
@@ -56,3 +56,18 @@ class ServerRound:
     def progress(self) -> Progress:
         """Rounds done before this one, of all rounds."""
         return Progress(self.index, self.total)
+
+
+@dataclass(frozen=True)
+class UploadRule:
+    """What the server expects of a round's uploads; anything else is refused.
+
+    Args:
+        kind: Weights, or deltas against the broadcast.
+        absent: What a coordinate that is not sent means.
+        extra_values: How many values an upload may hold beyond the broadcast's support.
+    """
+
+    kind: Kind = "weights"
+    absent: Absent = "unchanged"
+    extra_values: int = 0

@@ -62,7 +62,10 @@ class FederatedRun(Run):
         super().__init__(recipe, folder)
         built = recipe.build()
         self._model, self._data = built["model"], built["data"]
-        self.loop = FederatedLoop(**{**built["loop"], "default_root_dir": folder})
+        try:
+            self.loop = FederatedLoop(**{**built["loop"], "default_root_dir": folder})
+        except (ValueError, TypeError) as error:
+            raise RecipeError(str(error)) from error
 
     def fit(self, *, resume: bool) -> dict[str, float]:
         """See :meth:`Run.fit`."""

@@ -8,9 +8,13 @@ import torch
 from torch import Tensor
 
 from lightning_fedsparse.bounded_reading import PayloadError
+from lightning_fedsparse.rounds import UploadRule
 from lightning_fedsparse.update import MaskSet, SparseUpdate
 
 __all__ = ["check_update"]
+
+
+_WEIGHTS_ON_THE_SUPPORT = UploadRule()
 
 
 def check_update(
@@ -19,7 +23,7 @@ def check_update(
     *,
     buffers: Mapping[str, Tensor],
     support: MaskSet | None,
-    max_extra: int = 0,
+    rule: UploadRule = _WEIGHTS_ON_THE_SUPPORT,
 ) -> None:
     """Hold a decoded upload against the server's model.
 
@@ -29,11 +33,15 @@ def check_update(
         buffers: The model's, by name; the update must have exactly these or none at all. A value that is not finite
             passes only where the model has the same.
         support: Where values are expected; None lets them be anywhere.
-        max_extra: Values that may lie outside ``support``, over all tensors.
+        rule: What the round's uploads may be.
 
     Raises:
         PayloadError: Naming the tensor, what was expected and what came.
     """
+    if (update.kind, update.absent) != (rule.kind, rule.absent):
+        raise PayloadError(
+            f"expected {rule.kind!r} with what is absent {rule.absent!r}, got {update.kind!r} with {update.absent!r}"
+        )
     if update.num_examples < 1:
         raise PayloadError(f"expected at least 1 example behind the update, got {update.num_examples}")
     _check_names("parameters", parameters, update.values)
@@ -45,8 +53,10 @@ def check_update(
         shape = update.values[name].shape if mask is None else mask.shape
         _check_tensor("parameter", name, parameter, shape, update.values[name].dtype)
         extra += 0 if support is None or support is update.masks else _outside(update, name, support)
-        if extra > max_extra:
-            raise PayloadError(f"{name!r} brings the values outside the support to {extra}, {max_extra} are allowed")
+        if extra > rule.extra_values:
+            raise PayloadError(
+                f"{name!r} brings the values outside the support to {extra}, {rule.extra_values} are allowed"
+            )
     for name, buffer in update.buffers.items():
         _check_tensor("buffer", name, buffers[name], buffer.shape, buffer.dtype)
         infinite = buffer.isinf()

@@ -295,3 +295,17 @@ def test_a_loader_without_length_needs_max_steps() -> None:
     quiet_trainer([prune_half(fold=True)], max_steps=7).fit(module, stream)
     assert zeros(weights_of(module)) == ZEROS
     assert not EffectiveWeights.of(module)._inside
+
+
+def test_evaluating_a_module_of_other_shapes_is_refused() -> None:
+    class Wider(EvaluatedNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 9), nn.Linear(9, 3)
+
+    trainer = quiet_trainer([prune_half()], num_sanity_val_steps=0)
+    trainer.fit(seeded(EvaluatedNet), loader(), loader(1))
+    with pytest.raises(
+        ValueError, match=r"expected the module that MagnitudePruning pruned last, got Wider .* \(9, 6\)"
+    ):
+        trainer.validate(seeded(Wider), loader(1), verbose=False)

@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lightning_fedsparse.payload import Limits, MaskSet, PayloadError, check_update, decode, encode, payload_sizes
+from lightning_fedsparse.rounds import UploadRule
 from lightning_fedsparse.update import SparseUpdate, gather
 
 CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -568,10 +569,10 @@ def test_uploads_that_fit():
     parameters, buffers = model()
     update = upload(buffers=buffers)
     check_update(update, parameters, buffers=buffers, support=None)
-    check_update(update, parameters, buffers=buffers, support=SUPPORT, max_extra=1)
+    check_update(update, parameters, buffers=buffers, support=SUPPORT, rule=UploadRule(extra_values=1))
     check_update(upload(), parameters, buffers=buffers, support=MaskSet.of(upload().masks))
     dense = upload(values={"w": torch.ones(2, 2)}, masks={"w": None})
-    check_update(dense, parameters, buffers=buffers, support=SUPPORT, max_extra=2)
+    check_update(dense, parameters, buffers=buffers, support=SUPPORT, rule=UploadRule(extra_values=2))
     inside = upload(values={"w": torch.ones(1)}, masks={"w": torch.tensor([[True, False], [False, False]])})
     check_update(inside, parameters, buffers=buffers, support=SUPPORT)
 
@@ -618,4 +619,4 @@ def test_uploads_that_do_not_fit(update, message):
     parameters, buffers = model()
     extra = 0 if "outside" in message else 1
     with pytest.raises(PayloadError, match=message):
-        check_update(update, parameters, buffers=buffers, support=SUPPORT, max_extra=extra)
+        check_update(update, parameters, buffers=buffers, support=SUPPORT, rule=UploadRule(extra_values=extra))

@@ -10,7 +10,16 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch.optim import SGD, Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, LRScheduler, MultiStepLR, OneCycleLR, StepLR
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    CyclicLR,
+    LambdaLR,
+    LinearLR,
+    LRScheduler,
+    MultiStepLR,
+    OneCycleLR,
+    StepLR,
+)
 
 from lightning_fedsparse.callbacks import RoundLearningRate
 from lightning_fedsparse.rounds import ClientRound
@@ -80,11 +89,19 @@ def test_a_scheduler_goes_on_and_is_multiplied(scheduler: MakeScheduler, alone: 
     assert rates_per_epoch(module) == pytest.approx([rate * 0.5**epoch for epoch, rate in enumerate(alone)])
 
 
-def test_a_scheduler_of_steps_is_multiplied_too() -> None:
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        lambda optimizer: OneCycleLR(optimizer, 0.4, total_steps=20),
+        lambda optimizer: CyclicLR(optimizer, 0.1, 0.4, step_size_up=3, cycle_momentum=False),
+    ],
+    ids=["OneCycleLR", "CyclicLR"],
+)
+def test_a_scheduler_of_steps_is_multiplied_too(scheduler: MakeScheduler) -> None:
     class PerStep(Rates):
         def configure_optimizers(self) -> Any:
             optimizer = SGD(self.parameters(), lr=0.1)
-            return [optimizer], [{"scheduler": OneCycleLR(optimizer, 0.4, total_steps=20), "interval": "step"}]
+            return [optimizer], [{"scheduler": scheduler(optimizer), "interval": "step"}]
 
     plain, module = PerStep(), PerStep()
     quiet_trainer([], max_epochs=4).fit(plain, loader())

@@ -191,7 +191,7 @@ def test_an_upload_of_another_kind_is_refused_and_a_nan_metric_does_no_harm(uplo
     change["c1"], change["c0"] = delta, boastful
     loop, _ = run(1)
     record = loop.history[1]
-    assert record.failures == {"c1": "expected weights with what is absent unchanged, got 'delta' with 'unchanged'"}
+    assert record.failures == {"c1": "expected 'weights' with what is absent 'unchanged', got 'delta' with 'unchanged'"}
     assert record.train_loss is not None
 
 

@@ -12,6 +12,8 @@ the raw result. FEDSPARSE_DATA names the folder that holds the data sets.
 from __future__ import annotations
 
 import argparse
+import statistics
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -24,9 +26,10 @@ from lightning_fedsparse.datasets import FashionMNISTDataModule
 from lightning_fedsparse.evaluation import Evaluation
 from lightning_fedsparse.models import ImageClassifier, LeNet5
 from lightning_fedsparse.partition import DirichletPartition, IidPartition
-from lightning_fedsparse.records import read_history
+from lightning_fedsparse.records import RoundRecord, read_history
 
 ROUNDS = 200
+LAST = ROUNDS // 10
 FOLDER = Path(__file__).parent / "fashion_mnist"
 
 PARTITIONS = {"iid": IidPartition(50), "dirichlet": DirichletPartition(50, alpha=0.5, min_examples=10)}
@@ -83,11 +86,108 @@ def run(where: str, method: str, seed: int) -> None:
     print(f"{folder.name}: {loop.history[-1].metrics['test_accuracy']:.4f}", flush=True)
 
 
+def histories(where: str, method: str) -> dict[int, list[RoundRecord]]:
+    """Complete runs, by seed."""
+    folders = {seed: FOLDER / name_of(where, method, seed) for seed in (0, 1, 2)}
+    return {seed: read_history(folder / "history.jsonl") for seed, folder in folders.items() if is_complete(folder)}
+
+
+def accuracy(history: list[RoundRecord]) -> float:
+    """Mean test accuracy of the last 10 % of rounds, in %."""
+    return 100 * statistics.mean(record.metrics["test_accuracy"] for record in history[-LAST:])
+
+
+def ratio_to_dense(history: list[RoundRecord], dense: list[RoundRecord], last: int) -> tuple[float, float]:
+    """Encoded bytes up and down over the encoded bytes of dense FedAvg in the same rounds."""
+    return tuple(
+        sum(getattr(record, key) for record in history[-last:]) / sum(getattr(record, key) for record in dense[-last:])
+        for key in ("bytes_up", "bytes_down")
+    )
+
+
+def spread(values: list[float]) -> str:
+    mean = f"{statistics.mean(values):.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def table(where: str, methods: Sequence[str]) -> list[str]:
+    """One row per method: accuracy, its distance from dense FedAvg of the same seeds, bytes."""
+    dense = histories(where, "dense")
+    lines = [
+        "| method | seeds | accuracy, % | minus dense, points | bytes up / down, last 20 rounds | whole run |",
+        "|---|---|---|---|---|---|",
+    ]
+    for method in methods:
+        runs = histories(where, method)
+        if not runs:
+            lines.append(f"| {method} | not run | | | | |")
+            continue
+        both = runs.keys() & dense.keys()
+        gap = spread([accuracy(runs[seed]) - accuracy(dense[seed]) for seed in both]) if both else "dense not run"
+        late, whole = (
+            " / ".join(f"{ratio:.3f}x" for ratio in ratio_to_dense(runs[min(both)], dense[min(both)], last))
+            if both
+            else ""
+            for last in (LAST, ROUNDS)
+        )
+        seeds = ", ".join(map(str, runs))
+        lines.append(f"| {method} | {seeds} | {spread([*map(accuracy, runs.values())])} | {gap} | {late} | {whole} |")
+    return lines
+
+
+def draw(path: Path) -> None:
+    """Accuracy by round and bytes by round, seed 0."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.8), constrained_layout=True)
+    labels = {"dense": "dense FedAvg", "feddip90": "FedDIP, 0.90", "feddip95": "FedDIP, 0.95"}
+    for axis, where, title in ((axes[0], "iid", "iid"), (axes[1], "dirichlet", "Dirichlet(0.5)")):
+        for method, label in labels.items():
+            for history in [*histories(where, method).values()][:1]:
+                rounds = [record.round for record in history[1:]]
+                axis.plot(rounds, [100 * record.metrics["test_accuracy"] for record in history[1:]], label=label, lw=1)
+        axis.set(title=f"{title}, seed 0", xlabel="round", ylabel="test accuracy, %", ylim=(60, 92))
+        axis.grid(alpha=0.3)
+    for method, label in labels.items():
+        for history in [*histories("iid", method).values()][:1]:
+            sent = [(record.bytes_up + record.bytes_down) / 1e6 for record in history[1:]]
+            axes[2].plot(range(1, len(sent) + 1), sent, label=label, lw=1)
+    axes[2].set(title="iid, seed 0: both ways, five clients", xlabel="round", ylabel="MB per round", ylim=(0, None))
+    axes[2].grid(alpha=0.3)
+    axes[0].legend(loc="lower right")
+    figure.savefig(path, dpi=110)
+
+
+def report() -> None:
+    """Put the tables into the page between its markers, and draw the picture."""
+    page = Path(__file__).with_suffix(".md")
+    text = page.read_text(encoding="utf-8")
+    others = [method for method in METHODS if method not in MAIN]
+    parts = {
+        "iid": table("iid", MAIN),
+        "dirichlet": table("dirichlet", MAIN),
+        "options": table("iid", ("feddip95", *others)),
+    }
+    for name, lines in parts.items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+        head, rest = text.split(begin)
+        text = head + begin + "\n".join(lines) + "\n" + end + rest.split(end, 1)[1]
+    page.write_text(text, encoding="utf-8")
+    draw(page.with_suffix(".png"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("run").add_argument("cells", nargs="*", help="names of cells, all by default")
+    commands.add_parser("report")
     arguments = parser.parse_args()
+    if arguments.command == "report":
+        report()
+        return
     for cell in CELLS:
         if not arguments.cells or name_of(*cell) in arguments.cells:
             run(*cell)
