@@ -87,8 +87,8 @@ class IncrementalRegularization(EffectiveWeightCallback):
         exclude: Globs of parameter names to leave out.
 
     Raises:
-        ValueError: At construction for a negative lambda at either end or a ``p`` below 1; at the start of ``fit`` for a model
-            without such weights or a glob that matches nothing.
+        ValueError: At construction for a negative lambda at either end or a ``p`` below 1; at the start of ``fit``
+            for a model without such weights or a glob that matches nothing.
     """
 
     def __init__(

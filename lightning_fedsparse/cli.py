@@ -6,15 +6,14 @@ Exit codes: 0 done, 1 bad input that only the run could find, 2 a command line o
 from __future__ import annotations
 
 import argparse
-import linecache
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 from lightning_fedsparse.recipe import RESOLVED_NAME, Recipe, RecipeError, describe, find_recipe, shipped_recipes
+from lightning_fedsparse.recipe_errors import is_own_sentence
 
 if TYPE_CHECKING:
     from lightning_fedsparse.runs import Run
@@ -39,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except (ValueError, TypeError, RuntimeError, OSError) as error:
-        if not _is_our_sentence(error.__traceback__):
+        if not is_own_sentence(error):
             raise
         return _fail(error, 1)
     return code
@@ -159,19 +158,6 @@ def _more(run: Run) -> str:
     if run.recipe.section == "loop":
         return f"--loop.rounds={2 * run.recipe.config['loop.rounds']}"
     return f"--trainer.max_epochs={2 * (run.recipe.config['trainer.max_epochs'] or 1)}"
-
-
-def _is_our_sentence(trace: TracebackType | None) -> bool:
-    """Whether an error was raised by a ``raise`` of this package: then its message was written for the user.
-
-    Any other error is a bug, of this package or of the user's code, and needs its traceback.
-    """
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    if trace is None or not str(trace.tb_frame.f_globals.get("__name__")).startswith("lightning_fedsparse."):
-        return False
-    line = linecache.getline(trace.tb_frame.f_code.co_filename, trace.tb_lineno)
-    return line.lstrip().startswith("raise")
 
 
 def _fail(error: Exception, code: int) -> int:

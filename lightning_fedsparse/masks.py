@@ -9,6 +9,9 @@ Where a distribution such as ERK fixes the density of every layer, the number of
 layer (:func:`kept_counts`), and the same counts serve the largest weights (:func:`top_masks`) or random positions
 (:func:`random_masks`).
 
+An importance mask is a comparison with a threshold, ``|w| >= theta`` (:func:`importance_threshold`,
+:func:`importance_masks`): among equals all are kept, so that a larger share always contains a smaller one.
+
 Reference: Q. Long, C. Anagnostopoulos, S. P. Parambath, D. Bi, "FedDIP: Federated Learning with Extreme Dynamic
 Pruning and Incremental Regularization", ICDM 2023, https://arxiv.org/abs/2309.06805. Its released code leaves the order
 of ties open; here it is fixed, so that every machine gets the same mask.
@@ -21,11 +24,14 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lightning_fedsparse.ranking import kth_largest, largest, magnitudes_of
+
 __all__ = [
+    "importance_masks",
+    "importance_threshold",
     "intersection_over_union",
     "kept_counts",
     "magnitude_masks",
@@ -77,8 +83,8 @@ def magnitude_masks(
     if scope == "layer":
         sizes = {name: tensor.numel() for name, tensor in tensors.items()}
         return top_masks(tensors, {name: size - round(per_name[name] * size) for name, size in sizes.items()})
-    pool = torch.cat([_magnitudes(name, tensor) for name, tensor in tensors.items()])
-    kept = _largest(pool, pool.numel() - round(next(iter(per_name.values())) * pool.numel()))
+    pool = torch.cat([magnitudes_of(name, tensor) for name, tensor in tensors.items()])
+    kept = largest(pool, pool.numel() - round(next(iter(per_name.values())) * pool.numel()))
     parts = torch.split(kept, [tensor.numel() for tensor in tensors.values()])
     # cloned, because saving or pickling a view would carry the whole pool along with every mask
     return {name: part.view(tensor.shape).clone() for (name, tensor), part in zip(tensors.items(), parts, strict=True)}
@@ -102,8 +108,49 @@ def top_masks(tensors: Mapping[str, Tensor], kept: Mapping[str, int]) -> dict[st
     masks = {}
     for name, tensor in tensors.items():
         _require_count(kept[name], tensor.numel(), name)
-        masks[name] = _largest(_magnitudes(name, tensor), kept[name]).view(tensor.shape)
+        masks[name] = largest(magnitudes_of(name, tensor), kept[name]).view(tensor.shape)
     return masks
+
+
+@torch.no_grad()
+def importance_threshold(tensors: Mapping[str, Tensor], capacity: float) -> float:
+    """The ``k``-th largest magnitude over all tensors together, ``k = max(1, floor(capacity * n))`` of ``n`` weights.
+
+    Args:
+        tensors: Weights by name, at least one weight in all.
+        capacity: Share of the weights to keep, in (0, 1].
+
+    Raises:
+        ValueError: A capacity outside (0, 1], a NaN weight, or no weights.
+
+    Example:
+        >>> importance_threshold({"a": torch.tensor([3.0, -1.0]), "b": torch.tensor([0.5, -2.0])}, 0.5)
+        2.0
+    """
+    if not 0 < capacity <= 1:
+        raise ValueError(f"expected a capacity in (0, 1], got {capacity}")
+    if not any(tensor.numel() for tensor in tensors.values()):
+        raise ValueError("expected at least one weight to find a threshold for, got none")
+    pool = torch.cat([magnitudes_of(name, tensor) for name, tensor in tensors.items()])
+    return kth_largest(pool, max(1, math.floor(capacity * pool.numel())))
+
+
+@torch.no_grad()
+def importance_masks(tensors: Mapping[str, Tensor], threshold: float) -> dict[str, Tensor]:
+    """Keep every weight with ``|w| >= threshold``.
+
+    Args:
+        tensors: Weights by name.
+        threshold: As :func:`importance_threshold` gives it; weights of exactly this magnitude are all kept.
+
+    Returns:
+        For every name a bool mask of the tensor's shape, on its device.
+
+    Example:
+        >>> importance_masks({"a": torch.tensor([3.0, -1.0]), "b": torch.tensor([0.5, -2.0])}, 2.0)
+        {'a': tensor([ True, False]), 'b': tensor([False,  True])}
+    """
+    return {name: tensor.detach().abs() >= threshold for name, tensor in tensors.items()}
 
 
 def random_masks(
@@ -230,45 +277,6 @@ def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
             f"got shape {tuple(packed.shape)} and {packed.dtype}"
         )
     return torch.from_numpy(np.unpackbits(packed.cpu().numpy(), count=size).view(np.bool_)).view(tuple(shape))
-
-
-def _magnitudes(name: str, tensor: Tensor) -> Tensor:
-    """``|w|`` as a new flat tensor in row-major order, known to hold no NaN."""
-    magnitudes = tensor.detach().abs().reshape(-1)
-    # the maximum is NaN if any entry is, at a fraction of the cost of isnan()
-    if magnitudes.numel() and bool(magnitudes.max().isnan()):
-        raise ValueError(f"expected numbers as weights to rank by magnitude, got NaN in {name!r}")
-    return magnitudes
-
-
-def _largest(magnitudes: Tensor, kept: int) -> Tensor:
-    """Flat bool mask of the ``kept`` largest entries; among equals the higher index is kept."""
-    zeros = magnitudes.numel() - kept
-    if zeros == 0:
-        return torch.ones_like(magnitudes, dtype=torch.bool)
-    # numpy has no bfloat16; float32 holds every half-precision number, so no order changes
-    values = magnitudes.cpu() if magnitudes.dtype == torch.float64 else magnitudes.cpu().float()
-    threshold = _kth_smallest(values.numpy(), zeros)
-    mask = magnitudes > threshold
-    missing = kept - int(mask.count_nonzero())
-    if missing:
-        ties = magnitudes == threshold
-        first = int(ties.nonzero()[-missing])
-        mask[first:] |= ties[first:]
-    return mask
-
-
-def _kth_smallest(values: npt.NDArray[np.floating], k: int) -> float:
-    """The ``k``-th smallest (from 1) of numbers that are at least 0.
-
-    On a CPU np.partition takes a fifth of the time of torch.kthvalue or torch.topk, except among many equal values,
-    where it takes several times theirs; weights under a mask are mostly zeros, so these are counted, not ranked.
-    """
-    zeros = values.size - int(np.count_nonzero(values))
-    if k <= zeros:
-        return 0.0
-    ranked = values[values != 0] if zeros else values
-    return float(np.partition(ranked, k - zeros - 1)[k - zeros - 1])
 
 
 def _require_sparsity(value: float, name: str) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_fedsparse.recipe_errors import explain, near_matches
+from lightning_fedsparse.recipe_errors import explain, is_own_sentence, near_matches, raised_in
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
@@ -138,10 +138,7 @@ class Recipe:
         try:
             built = self.parser.instantiate(self.config)
         except ValueError as error:
-            # what a constructor says about a value comes wrapped in the union of its argument's types
-            if "Union subtypes" not in str(error):
-                raise
-            raise RecipeError(explain(str(error), [])) from error
+            raise _of_constructor(error) from error
         trainer = "loop.trainer" if self.section == "loop" else "trainer"
         arguments = {name: built[trainer][name] for name in _given_trainer_arguments(self.parser, self.config, trainer)}
         section = arguments
@@ -149,6 +146,17 @@ class Recipe:
             section = {name: built["loop"][name] for name in vars(built["loop"]) if name != "trainer"}
             section |= {"trainer": arguments, "seed": self.config["seed_everything"]}
         return {"model": built["model"], "data": built["data"], self.section: section}
+
+
+def _of_constructor(error: ValueError) -> BaseException:
+    """What a constructor raised, which jsonargparse wraps in the union of its argument's types."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    if raised_in(cause, "jsonargparse"):
+        # the first branch of the union failed otherwise, and the text alone is left of what the constructor said
+        return RecipeError(explain(str(error), []))
+    return RecipeError(str(cause)) if is_own_sentence(cause) else cause
 
 
 def _section(path: Path) -> str:
@@ -169,7 +177,7 @@ def _section(path: Path) -> str:
         raise RecipeError(
             f"expected either a loop (a federation) or a trainer (none) at the top level of {path}, found {found}"
         )
-    return sections.pop()
+    return "loop" if "loop" in sections else "trainer"
 
 
 def _loop_parser() -> ArgumentParser:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import ast
 import inspect
+import linecache
 import pkgutil
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from types import TracebackType
 
-__all__ = ["explain", "near_matches"]
+__all__ = ["explain", "is_own_sentence", "near_matches", "raised_in"]
 
 _KEY = re.compile(r'^Parser key "(.+)":$')
 _CLASS = re.compile(r"^Problem with given class_path '(.+)':$")
@@ -102,6 +104,30 @@ def near_matches(name: str, known: Iterable[str]) -> str:
     """
     close = get_close_matches(name, sorted(set(known)), n=2)
     return f"did you mean {' or '.join(close)}?" if close else ""
+
+
+def raised_in(error: BaseException, package: str) -> bool:
+    """Whether an error comes from a package's own code, however deep it was called."""
+    frame = _raising_frame(error)
+    return frame is not None and f"{frame.tb_frame.f_globals.get('__name__')}.".startswith(f"{package}.")
+
+
+def is_own_sentence(error: BaseException) -> bool:
+    """Whether an error was raised by a ``raise`` of this library: then its message was written for the user.
+
+    Any other error is a bug, of the library or of the user's code, and needs its traceback.
+    """
+    frame = _raising_frame(error)
+    if frame is None or not raised_in(error, "lightning_fedsparse"):
+        return False
+    return linecache.getline(frame.tb_frame.f_code.co_filename, frame.tb_lineno).lstrip().startswith("raise")
+
+
+def _raising_frame(error: BaseException) -> TracebackType | None:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace
 
 
 def _leaves(message: str) -> list[_Leaf]:

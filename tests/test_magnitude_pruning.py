@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_fedsparse.callbacks import ErrorFeedback, MagnitudePruning
+from lightning_fedsparse.callbacks import DynamicPruning, ErrorFeedback, MagnitudePruning
 from lightning_fedsparse.callbacks.magnitude_pruning import scheduled_masks
 from lightning_fedsparse.schedules import ConstantSchedule, CubicSchedule, ExponentialSchedule, LinearSchedule, Progress
 from tests.effective_reference import WEIGHTS, Net, loader, quiet_trainer, seeded
@@ -72,6 +72,15 @@ def test_under_accumulation_steps_count_not_batches() -> None:
     module = fit(every=2, trainer={"accumulate_grad_batches": 2})
     assert zeros_by_step(module) == [18] * 4 + [30] * 3 + [42] * 3
     assert final_zeros(module) == 54
+
+
+def test_under_accumulation_masks_move_once_per_step() -> None:
+    # the first mask is of another kind than the later ones: a second look at step 0 would replace it
+    module = seeded(Net)
+    callbacks = [DynamicPruning(ConstantSchedule(0.5), every=1), ErrorFeedback()]
+    quiet_trainer(callbacks, accumulate_grad_batches=5, max_epochs=1).fit(module, loader())
+    first, *later = module.seen["train"]
+    assert all(torch.equal(weights[name] != 0, first[name] != 0) for weights in later for name in WEIGHTS)
 
 
 @pytest.mark.parametrize(

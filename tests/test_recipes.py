@@ -287,9 +287,26 @@ def test_a_message_of_another_form_passes_through() -> None:
         ("--loop.callbacks.initial_sparsity=0.95", "decreas"),
         ("--loop.rounds=0", "expected rounds to be at least 1, got 0"),
         ("--loop.evaluation.every=0", "expected evaluation every 1 or more rounds, got every=0"),
+        ("--data.data.batch_size=0", "batch_size must be at least 1, got 0"),
     ],
 )
 def test_a_bad_value_is_found_when_the_recipe_is_built(override: str, message: str) -> None:
     recipe = read("quickstart", override)
     with pytest.raises(ValueError, match=message):
         FederatedLoop(**recipe.build()["loop"])
+
+
+def test_a_bad_value_in_a_list_of_callbacks_is_found_too(tmp_path: Path) -> None:
+    path = tmp_path / "list.yaml"
+    path.write_text(
+        """
+loop:
+  callbacks:
+    - class_path: lightning_fedsparse.callbacks.MagnitudePruning
+      init_args:
+        schedule: {class_path: lightning_fedsparse.schedules.ConstantSchedule, init_args: {value: 1.0}}
+""",
+        encoding="utf-8",
+    )
+    with pytest.raises(RecipeError, match=r"expected a sparsity schedule with values in \[0, 1\), got 1"):
+        read("quickstart", f"--config={path}").build()
