@@ -1,27 +1,43 @@
 """The methods, as Lightning callbacks: each works in any ``Trainer``, and in a ``FederatedLoop``."""
 
+from lightning_fedsparse.callbacks.activation_pruning import ActivationPruning
 from lightning_fedsparse.callbacks.base import CallbackList, EffectiveWeightCallback, SparsityCallback
+from lightning_fedsparse.callbacks.collapse_monitor import CollapseMonitor
 from lightning_fedsparse.callbacks.compression_memory import CompressionMemory
 from lightning_fedsparse.callbacks.dense_statistics import DenseStatistics
 from lightning_fedsparse.callbacks.dynamic_pruning import DynamicPruning
 from lightning_fedsparse.callbacks.error_feedback import ErrorFeedback
 from lightning_fedsparse.callbacks.feddip import feddip
+from lightning_fedsparse.callbacks.fiarse import fiarse
+from lightning_fedsparse.callbacks.importance_masking import ImportanceMasking
 from lightning_fedsparse.callbacks.incremental_regularization import IncrementalRegularization
 from lightning_fedsparse.callbacks.magnitude_pruning import MagnitudePruning
+from lightning_fedsparse.callbacks.mask_monitor import MaskMonitor
+from lightning_fedsparse.callbacks.powerpropagation import Powerpropagation
 from lightning_fedsparse.callbacks.round_learning_rate import RoundLearningRate
 from lightning_fedsparse.callbacks.sparsity_monitor import SparsityMonitor
+from lightning_fedsparse.callbacks.sparsyfed import sparsyfed
+from lightning_fedsparse.callbacks.topk_after_training import TopKAfterTraining
 
 __all__ = [
+    "ActivationPruning",
     "CallbackList",
+    "CollapseMonitor",
     "CompressionMemory",
     "DenseStatistics",
     "DynamicPruning",
     "EffectiveWeightCallback",
     "ErrorFeedback",
+    "ImportanceMasking",
     "IncrementalRegularization",
     "MagnitudePruning",
+    "MaskMonitor",
+    "Powerpropagation",
     "RoundLearningRate",
     "SparsityCallback",
     "SparsityMonitor",
+    "TopKAfterTraining",
     "feddip",
+    "fiarse",
+    "sparsyfed",
 ]

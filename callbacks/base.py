@@ -18,11 +18,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_fedsparse.clients import Client
 from lightning_fedsparse.effective import EffectiveWeights, Transform
 from lightning_fedsparse.rounds import ClientRound, ServerRound, UploadRule
 from lightning_fedsparse.schedules import Progress
 from lightning_fedsparse.server import ServerState
 from lightning_fedsparse.update import SparseUpdate
+from lightning_fedsparse.value_coding import ValueType
 
 __all__ = ["CallbackList", "EffectiveWeightCallback", "SparsityCallback"]
 
@@ -51,9 +53,22 @@ class SparsityCallback(pl.Callback):
         """On the client, after ``fit``: may replace the update that is about to be sent."""
         return update
 
+    def on_client_upload(self, trainer: pl.Trainer, pl_module: pl.LightningModule, update: SparseUpdate) -> None:
+        """On the client, after the upload was coded: ``update`` is what the server will read, rounding included."""
+
     def on_server_start(self, pl_module: pl.LightningModule, state: ServerState, seed: int) -> ServerState:
         """On the server, before round 0 (and before a checkpoint replaces ``state``); ``seed`` is for own draws."""
         return state
+
+    def client_broadcast(self, state: ServerState, client: Client, broadcast: SparseUpdate) -> SparseUpdate:
+        """On the server: what this client gets of the round's broadcast.
+
+        Where clients get the same, return the same object: it is encoded once.
+        """
+        return broadcast
+
+    def on_server_receive(self, state: ServerState, server_round: ServerRound, update: SparseUpdate) -> None:
+        """On the server, for every valid upload as it comes in, to look at; ``state`` is still what was broadcast."""
 
     def on_server_round_end(self, state: ServerState, server_round: ServerRound) -> ServerState:
         """On the server, after the server step of a round: masks move here."""
@@ -63,8 +78,18 @@ class SparsityCallback(pl.Callback):
         """What the round's uploads may be, where this method changes them; None leaves it to the other methods."""
         return None
 
-    def to_effective_(self, weights: dict[str, Tensor]) -> None:
-        """Turn global stored weights into those that forward uses, in place: what is evaluated and returned."""
+    def refuses_values(self, *, uploads: ValueType, broadcasts: ValueType) -> str | None:
+        """Why this method can't work with values that are rounded like this on the wire; None if it can."""
+        return None
+
+    def to_effective_(self, weights: dict[str, Tensor], capacity: float | None = None) -> None:
+        """Turn global stored weights into those that forward uses, in place: what is evaluated and returned.
+
+        Args:
+            weights: All parameters by name.
+            capacity: Share of the weights that the submodel holds, for methods that know submodels; None for the model
+                that a client without a capacity of its own holds.
+        """
 
     def client_state_dict(self) -> dict[str, Any]:
         """What the client remembers until its next round (tensors and primitives); empty for stateless methods."""

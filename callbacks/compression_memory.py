@@ -3,7 +3,8 @@ r"""What a lossy upload left behind, kept on the client and added back in its ne
 .. math:: e_k \leftarrow (w_k - w_G) - \hat\Delta_k, \qquad w_k \leftarrow w_G + e_k \ \text{at the next round's start}
 
 where :math:`w_G` is the broadcast, :math:`w_k` the client's trained weights, and :math:`\hat\Delta_k` the change that the
-server reads from the upload. For FedDIP's masked uploads that is the client's weights off the mask ("residual").
+server reads from the upload. For FedDIP's masked uploads that is the client's weights off the mask ("residual"), and the
+rounding errors where values are rounded on the wire.
 
 When the masks have moved since, the residual is added only where the new masks keep a weight, then dropped elsewhere.
 
@@ -31,7 +32,7 @@ __all__ = ["CompressionMemory"]
 
 
 class CompressionMemory(SparsityCallback):
-    """Keep what the upload lost and add it back; put it after the callbacks that change the upload.
+    """Keep what the upload lost and add it back: what stays off its mask, and what rounding takes from its values.
 
     It acts in a federation only: a plain Trainer sends nothing.
 
@@ -69,14 +70,11 @@ class CompressionMemory(SparsityCallback):
 
     @override
     @torch.no_grad()
-    def on_client_round_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, update: SparseUpdate
-    ) -> SparseUpdate:
+    def on_client_upload(self, trainer: pl.Trainer, pl_module: pl.LightningModule, update: SparseUpdate) -> None:
         weights = prunable_parameters(pl_module, self.include, exclude=self.exclude)
         received = reconstruct(self._broadcast, update)
         self._residual = {name: weight - received[name] for name, weight in weights.items()}
         self._broadcast = {}
-        return update
 
     @override
     def client_state_dict(self) -> dict[str, Any]:

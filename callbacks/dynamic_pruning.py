@@ -79,6 +79,7 @@ class DynamicPruning(MagnitudePruning):
         upload: ``"masked"``: values on the mask; ``"dense"`` (released code): all of them. ``regrow="dense"`` uploads
             all values in any case.
         max_candidates: Most candidates that one upload may hold, as a share of the mask's kept weights.
+        end: Share of the run at which the final sparsity is reached and the masks stop moving; FedDIP's never stop.
         include: Globs of parameter names to prune instead of all convolution and linear weights.
         exclude: Globs of parameter names to leave dense.
 
@@ -95,10 +96,11 @@ class DynamicPruning(MagnitudePruning):
         regrow: Regrow = "candidates",
         upload: Literal["masked", "dense"] = "masked",
         max_candidates: float = 0.1,
+        end: float = 1.0,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
     ) -> None:
-        super().__init__(schedule, every=every, include=include, exclude=exclude)
+        super().__init__(schedule, every=every, end=end, include=include, exclude=exclude)
         for name, value, allowed in (
             ("erk_positions", erk_positions, ("magnitude", "random", "random_per_client")),
             ("regrow", regrow, ("candidates", "nested", "dense")),

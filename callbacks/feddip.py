@@ -48,6 +48,7 @@ def feddip(
     upload: Literal["masked", "dense"] = "masked",
     residual: Literal["drop", "keep"] = "drop",
     max_candidates: float = 0.1,
+    end: float = 1.0,
     lambda_max: float = 1e-3,
     lambda_levels: int = 20,
     lambda_mode: Literal["uniform", "code"] = "uniform",
@@ -70,6 +71,7 @@ def feddip(
         upload: ``"masked"`` values or all; ``"dense"`` is the released code's.
         residual: ``"keep"``: what a client's pruned weights have learned stays with it until its next round.
         max_candidates: Most candidates for regrowth in one upload, as a share of the kept weights.
+        end: Share of the run at which ``sparsity`` is reached and the masks stop moving; FedDIP's move to the end.
         lambda_max: Top of the regularization strength; 0 leaves the penalty out.
         lambda_levels: Levels of its staircase.
         lambda_mode: ``"uniform"`` steps, or the released ``"code"``'s with its hidden offset.
@@ -106,6 +108,7 @@ def feddip(
                 regrow=regrow,
                 upload=upload,
                 max_candidates=max_candidates,
+                end=end,
                 **selection,
             ),
             ErrorFeedback(),

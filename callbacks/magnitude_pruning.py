@@ -64,7 +64,8 @@ class MagnitudePruning(EffectiveWeightCallback):
         schedule: Sparsity over the pruning time, from ``start`` to ``end``; values in [0, 1), not decreasing.
         every: Rounds (federation) or optimizer steps (plain Trainer) between reconfigurations.
         start: Share of the run before which nothing is pruned.
-        end: Share of the run at which the schedule's end is reached.
+        end: Share of the run at which the schedule's end is reached; from there on the masks stay as they are, so that
+            the rest of the run trains the weights that are left.
         scope: One ranking over the whole model (``"global"``) or one per layer (``"layer"``).
         distribution: With ``scope="layer"``: the same sparsity in each layer, or Erdos-Renyi-Kernel (ERK).
         include: Globs of parameter names to prune instead of all convolution and linear weights.
@@ -83,7 +84,7 @@ class MagnitudePruning(EffectiveWeightCallback):
         *,
         every: int = 16,
         start: float = 0.0,
-        end: float = 1.0,
+        end: float = 0.75,
         scope: Literal["global", "layer"] = "global",
         distribution: Literal["uniform", "erk"] = "uniform",
         include: Sequence[str] = (),
@@ -138,9 +139,9 @@ class MagnitudePruning(EffectiveWeightCallback):
         return self.schedule(min(1.0, (fraction - self.start) / (self.end - self.start)))
 
     def is_due(self, progress: Progress) -> bool:
-        """Whether masks are recomputed at this step: every ``every`` steps, and at the one that reaches ``end``."""
+        """Whether masks are recomputed at this step: every ``every`` steps until the one that reaches ``end``."""
         before = (progress.step - 1) / progress.finite_total
-        return progress.step % self.every == 0 or before < self.end <= progress.fraction < 1
+        return before < self.end and (progress.step % self.every == 0 or self.end <= progress.fraction < 1)
 
     def initial_masks(self, weights: Mapping[str, Tensor], sparsity: float, seed: int) -> dict[str, Tensor]:
         """The run's first masks; ``seed`` is for methods that draw them."""
@@ -198,7 +199,7 @@ class MagnitudePruning(EffectiveWeightCallback):
         if self.client_round is None:
             progress = self.progress(trainer)
             # here and not at the end of fit: the last epoch's validation and checkpoint see the final sparsity
-            if progress.fraction == 1 and progress.step != self._last_step:
+            if self.end == 1 and progress.fraction == 1 and progress.step != self._last_step:
                 self._prune(trainer, pl_module, progress)
 
     def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, progress: Progress) -> None:

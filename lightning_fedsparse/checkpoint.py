@@ -31,6 +31,11 @@ class RunFolder:
         """Where the last checkpoint is, or will be."""
         return None if self.path is None else self.path / "checkpoints" / "last.ckpt"
 
+    @property
+    def saved(self) -> Path | None:
+        """The last checkpoint, if there is one."""
+        return self.checkpoint if self.checkpoint is not None and self.checkpoint.is_file() else None
+
     def start(self) -> None:
         """Make the folder for a fresh run.
 

@@ -33,6 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         code: int = options.command(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # `fedsparse list | head`: the reader has seen enough; Python must not complain again when it flushes at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except RecipeError as error:
         return _fail(error, 2)
     except KeyboardInterrupt:

@@ -22,14 +22,16 @@ from torch import Tensor
 
 from lightning_fedsparse.callbacks.base import SparsityCallback
 from lightning_fedsparse.data import FederatedDataModule
-from lightning_fedsparse.payload import decode, encode
+from lightning_fedsparse.payload import decode
 from lightning_fedsparse.quiet import QUIET_TRAINER, quiet_lightning
 from lightning_fedsparse.rounds import ClientRound
+from lightning_fedsparse.seeding import derive_seed
 from lightning_fedsparse.update import MaskSet, SparseUpdate, gather, scatter_
+from lightning_fedsparse.wire import Wire
 
 __all__ = ["KEPT_MASK_VERSIONS", "ClientJob", "ClientResult", "ClientWorker"]
 
-# A client that missed more versions gets full positions again.
+# For each capacity in the cohort; a client that missed more versions gets full positions again.
 KEPT_MASK_VERSIONS = 4
 
 
@@ -45,6 +47,7 @@ class ClientJob:
         payload: Encoded broadcast.
         reference_id: Id of the masks that the broadcast leans on, if it leans on any.
         memory: What the client's callbacks remember, by their state key.
+        kept_versions: How many mask versions to hold from now on.
     """
 
     client_id: str
@@ -54,6 +57,7 @@ class ClientJob:
     payload: bytes
     reference_id: str | None
     memory: Mapping[str, Any] = field(default_factory=dict)
+    kept_versions: int = KEPT_MASK_VERSIONS
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ class ClientWorker:
         data: The clients' data.
         callbacks: Sparsity and plain Lightning callbacks; every client round gets pristine copies.
         trainer: Keyword arguments of the clients' ``Trainer``.
+        wire: How values travel; without loss if None.
         local_buffers: Keep each client's buffers (BatchNorm statistics) on the client instead of sending them.
         threads: Torch threads during a client's round: part of what makes results repeatable.
     """
@@ -92,13 +97,16 @@ class ClientWorker:
         callbacks: Sequence[pl.Callback],
         trainer: Mapping[str, Any],
         *,
+        wire: Wire | None = None,
         local_buffers: bool = False,
         threads: int = 1,
     ) -> None:
         self._module = module
         self._data = data
-        self._callbacks = list(callbacks)
+        # what the server's own instances gather during the run stays with the server
+        self._callbacks = copy.deepcopy(list(callbacks))
         self._trainer = dict(trainer)
+        self._wire = wire or Wire()
         self._local_buffers = local_buffers
         self._threads = threads
         self._masks: OrderedDict[str, MaskSet] = OrderedDict()
@@ -108,8 +116,6 @@ class ClientWorker:
         for masks in versions:
             self._masks[masks.id] = masks
             self._masks.move_to_end(masks.id)
-        while len(self._masks) > KEPT_MASK_VERSIONS:
-            self._masks.popitem(last=False)
 
     def run(self, job: ClientJob) -> ClientResult:
         """Run one client's round.
@@ -119,10 +125,11 @@ class ClientWorker:
         """
         started = time.perf_counter()
         masks = self._load_broadcast(job)
+        broadcast = self._copy_weights() if self._wire.rounds_uploads else {}
         client = self._data.client(job.client_id)
         callbacks = copy.deepcopy(self._callbacks)
         probe = _Probe()
-        client_round = ClientRound(job.index, job.total, job.client_id, job.seed, masks)
+        client_round = ClientRound(job.index, job.total, job.client_id, job.seed, masks, client.capacity)
         threads = torch.get_num_threads()
         with isolate_rng(), quiet_lightning():
             torch.set_num_threads(self._threads)
@@ -135,12 +142,16 @@ class ClientWorker:
                 update = self._make_update(job, masks, client.num_examples, probe.mean_loss(trainer, job))
                 for method in methods:
                     update = method.on_client_round_end(trainer, self._module, update)
+                payload, read = self._wire.encode_upload(
+                    update, broadcast, reference=masks, seed=derive_seed(job.seed, "upload")
+                )
+                for method in methods:
+                    method.on_client_upload(trainer, self._module, read)
             finally:
                 torch.set_num_threads(threads)
         memory = {method.state_key: state for method in methods if (state := method.client_state_dict())}
         if self._local_buffers:
             memory[_BUFFERS] = {name: tensor.clone() for name, tensor in self._buffers().items()}
-        payload = encode(update, reference=masks)
         return ClientResult(job.client_id, payload, memory, time.perf_counter() - started)
 
     def _load_broadcast(self, job: ClientJob) -> MaskSet:
@@ -148,6 +159,8 @@ class ClientWorker:
         broadcast = decode(job.payload, reference=reference)
         masks = broadcast.masks if isinstance(broadcast.masks, MaskSet) else MaskSet.of(broadcast.masks)
         self.hold([masks])
+        while len(self._masks) > job.kept_versions:
+            self._masks.popitem(last=False)
         scatter_(dict(self._module.named_parameters()), broadcast)
         buffers = job.memory.get(_BUFFERS, broadcast.buffers) if self._local_buffers else broadcast.buffers
         with torch.no_grad():
@@ -178,6 +191,9 @@ class ClientWorker:
             metrics={} if loss is None else {"train_loss": loss},
             mask_id=None if masks.is_dense else masks.id,
         )
+
+    def _copy_weights(self) -> dict[str, Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in self._module.named_parameters()}
 
     def _buffers(self) -> dict[str, Tensor]:
         persistent = self._module.state_dict().keys()

@@ -74,6 +74,10 @@ class ValueCoding(IntEnum):
 
     RAW = 0
     PLANES = 1
+    BFLOAT16 = 2
+    FLOAT16 = 3
+    INT8 = 4
+    INT4 = 5
 
 
 @dataclass

@@ -5,8 +5,8 @@ and each client gets loaders with the same settings over its part. Global evalua
 loaders. Nothing is built before it is asked for, so a hundred thousand clients cost one index array.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,38 +16,15 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_fedsparse.capacities import Capacities
 from lightning_fedsparse.checks import require_lightning
+from lightning_fedsparse.clients import Client
 from lightning_fedsparse.loaders import LoaderSettings, class_labels, client_keys
 from lightning_fedsparse.partition import Indices, Partition
 
 __all__ = ["Client", "FederatedDataModule"]
 
 _BATCH_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
-
-
-@dataclass(frozen=True)
-class Client:
-    """One client's data.
-
-    Args:
-        id: Its name, unique in the federation.
-        num_examples: Its training examples, at least 1.
-        train: Makes its training loader.
-        val: Makes its validation loader; None if it has no validation data.
-    """
-
-    id: str
-    num_examples: int
-    train: Callable[[], DataLoader[Any]]
-    val: Callable[[], DataLoader[Any]] | None = None
-
-    def train_loader(self) -> DataLoader[Any]:
-        """Return the loader to train on."""
-        return self.train()
-
-    def val_loader(self) -> DataLoader[Any] | None:
-        """Return the loader to validate on, not shuffled, or None."""
-        return None if self.val is None else self.val()
 
 
 class FederatedDataModule(LightningDataModule):
@@ -63,7 +40,8 @@ class FederatedDataModule(LightningDataModule):
         label_fn: Gives the class of each example of the training data set, where it has no ``targets``.
         evaluation: Data module whose validation and test loaders are for the global model; ``data`` if that is a data
             module.
-        seed: Seed of the partition and of the clients' validation parts.
+        capacities: Gives each client the share of the model that it can hold, for methods whose clients differ in size.
+        seed: Seed of the partition, of the clients' validation parts and of capacities that are drawn.
 
     Raises:
         TypeError: If ``data`` is neither, or comes from the ``pytorch_lightning`` package.
@@ -79,6 +57,7 @@ class FederatedDataModule(LightningDataModule):
         validation_fraction: float = 0.0,
         label_fn: Callable[[Dataset[Any]], Sequence[int]] | None = None,
         evaluation: LightningDataModule | None = None,
+        capacities: Capacities | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -106,6 +85,8 @@ class FederatedDataModule(LightningDataModule):
         self._validation_fraction = validation_fraction
         self._label_fn = label_fn
         self._seed = seed
+        self._capacities = capacities
+        self._capacity_of: dict[str, float] = {}
         self._settings: LoaderSettings | None = None
         self._parts: Mapping[str, Indices] = {}
         self._ids: list[str] = []
@@ -126,6 +107,11 @@ class FederatedDataModule(LightningDataModule):
             TypeError: If a client of a mapping has not exactly one loader.
         """
         self.setup("fit")
+        client = self._client(client_id)
+        return replace(client, capacity=self._capacity_of[client_id]) if self._capacity_of else client
+
+    def _client(self, client_id: str) -> Client:
+        """One client without its capacity."""
         if self._own:
             if client_id not in self._own_clients:
                 self._own_clients[client_id] = _client_of_its_own(client_id, self._own[client_id])
@@ -156,7 +142,10 @@ class FederatedDataModule(LightningDataModule):
             if not self._ids:
                 if self._whole is not None:
                     self._build(self._whole.ready("fit"))
-                self._ids = list(self._own or self._parts)
+                ids = list(self._own or self._parts)
+                if self._capacities is not None:
+                    self._capacity_of = self._capacities.assign(_Clients(ids, self._client), seed=self._seed)
+                self._ids = ids
         elif self._evaluation is not None:
             # a Trainer sets validation data up with "fit"; a second set-up of a random split would be another split
             self._evaluation.ready("fit" if stage == "validate" else stage)
@@ -222,6 +211,23 @@ class FederatedDataModule(LightningDataModule):
         # seeded by the id: the same whichever clients were asked for before
         order = np.random.default_rng([self._seed, *client_id.encode()]).permutation(part)
         return np.sort(order[held:]), np.sort(order[:held])
+
+
+class _Clients(Mapping[str, Client]):
+    """Clients by id, each built when it is looked up."""
+
+    def __init__(self, ids: Sequence[str], build: Callable[[str], Client]) -> None:
+        self._ids = ids
+        self._build = build
+
+    def __getitem__(self, client_id: str) -> Client:
+        return self._build(client_id)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ids)
+
+    def __len__(self) -> int:
+        return len(self._ids)
 
 
 class _Module:

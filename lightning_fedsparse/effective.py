@@ -62,6 +62,12 @@ class Transform(ABC):
     def chain_(self, gradients: Weights, stored: Weights, effective: Weights) -> None:
         """Bring gradients back through this step in place; all three mappings have the same keys."""
 
+    def after_step_(self, weights: Weights, before: Weights) -> None:  # noqa: B027  # optional
+        """Correct what an optimizer's step made of stored weights, in place; ``before`` holds them as they were."""
+
+    def folded(self) -> None:  # noqa: B027  # optional
+        """The effect was written into the stored weights for good: what must not act twice ends here."""
+
 
 class MaskTransform(Transform):
     """``w_eff = w * m``; the gradient is ``g * m``, or ``g`` when ``straight_through`` is set.
@@ -171,6 +177,11 @@ class EffectiveWeights:
         return self._owners[id(owner)]
 
     @property
+    def transforms(self) -> list[Transform]:
+        """The registered transforms, in the order in which they apply."""
+        return list(self._chain)
+
+    @property
     def masks(self) -> list[MaskTransform]:
         """The registered mask transforms."""
         return [step for step in self._chain if isinstance(step, MaskTransform)]
@@ -237,6 +248,7 @@ class EffectiveWeights:
         self.swap_out()
         transform = self._owners[id(owner)]
         transform.apply_({name: self._parameters[name] for name in transform.names})
+        transform.folded()
 
     @torch.no_grad()
     def fold_all(self) -> None:
@@ -244,6 +256,7 @@ class EffectiveWeights:
         self.swap_out()
         for step in self._chain:
             step.apply_({name: self._parameters[name] for name in step.names})
+            step.folded()
 
     def restore_in(self, state_dict: dict[str, Tensor]) -> None:
         """Replace swapped-in parameters of a state dict by what is stored, so that a checkpoint never holds others."""
@@ -301,16 +314,22 @@ class EffectiveWeights:
         self._prepared = None
         self.swap_out()
 
+    @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        if not self._in_batch:
-            return
-        if self._prepared is not optimizer:
+        if self._prepared is optimizer:
+            names = self._names_in(optimizer)
+            for step in self._chain:
+                mine = step.names & names if step.changes_weights else ()
+                step.after_step_(
+                    {name: self._parameters[name] for name in mine}, {name: self._stored[name] for name in mine}
+                )
+        elif self._in_batch:
             raise RuntimeError(
                 f"expected every step to go through Lightning's optimizers, as self.optimizers() gives them, got a step "
                 f"of a bare {type(optimizer).__name__} (use_pl_optimizer=False): its update would be lost"
             )
         self._prepared = None
-        if self._steps_on:
+        if self._in_batch and self._steps_on:
             self.swap_in(self._names_in(optimizer))
 
     def _names_in(self, optimizer: Optimizer) -> frozenset[str]:

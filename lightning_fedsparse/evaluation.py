@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from lightning_fedsparse.data import Client, FederatedDataModule
+from lightning_fedsparse.capacities import require_capacity
+from lightning_fedsparse.clients import Client
+from lightning_fedsparse.data import FederatedDataModule
 from lightning_fedsparse.quiet import QUIET_TRAINER, quiet_lightning
 
 __all__ = ["Evaluation", "Evaluator", "evaluate", "evaluate_clients", "recalibrate"]
+
+Load: TypeAlias = Callable[[float | None], None]
+"""Writes the global model into the module: its submodel of a capacity, or what clients without one hold."""
 
 
 @dataclass(frozen=True)
@@ -26,17 +32,23 @@ class Evaluation:
     Args:
         split: ``"validation"`` or ``"test"``: the data module's loaders of that name; ``"none"``: never.
         every: Rounds between evaluations; the first and the last round are always evaluated.
-        clients: Also evaluate on every client's own validation data, and report mean and minimum over clients.
+        clients: Also evaluate on every client's own validation data, with the submodel of its capacity, and report mean
+            and minimum over clients.
+        capacities: Also evaluate the submodels of these capacities, trained or not, as ``NAME@CAPACITY``.
     """
 
     split: Literal["validation", "test", "none"] = "validation"
     every: int = 1
     clients: bool = False
+    capacities: Sequence[float] = ()
 
     def __post_init__(self) -> None:
-        """Check the period."""
+        """Check the period and the capacities."""
         if self.every < 1:
             raise ValueError(f"expected evaluation every 1 or more rounds, got every={self.every}")
+        # a list from a recipe and a tuple from Python are the same
+        capacities = tuple(require_capacity(capacity, "to evaluate at") for capacity in self.capacities)
+        object.__setattr__(self, "capacities", capacities)
 
     def is_due(self, done: int, total: int) -> bool:
         """Whether to evaluate after ``done`` of ``total`` rounds."""
@@ -47,7 +59,7 @@ class Evaluator:
     """Evaluates the global model when it is due.
 
     Args:
-        module: Where the global weights are written for it.
+        module: Where ``load`` writes the global model.
         data: The federation's data; its own loaders are for the global model.
         evaluation: When and on what.
         trainer: Keyword arguments of the clients' Trainer, for its accelerator, precision and the like.
@@ -72,12 +84,16 @@ class Evaluator:
         """Whether to evaluate after ``done`` of ``total`` rounds."""
         return self._possible and self._evaluation.is_due(done, total)
 
-    def run(self) -> dict[str, float]:
-        """Metrics of what the module holds."""
+    def run(self, load: Load) -> dict[str, float]:
+        """Metrics of the global model; the module then holds whatever was evaluated last."""
         assert self._evaluation.split != "none"
-        metrics = evaluate(self._module, self._data, self._evaluation.split, self._trainer)
+        metrics: dict[str, float] = {}
+        for capacity in (None, *self._evaluation.capacities):
+            load(capacity)
+            found = evaluate(self._module, self._data, self._evaluation.split, self._trainer)
+            metrics |= {f"{name}{_at(capacity)}": value for name, value in found.items()}
         if self._evaluation.clients:
-            metrics |= evaluate_clients(self._module, self._data, self._trainer)
+            metrics |= evaluate_clients(self._module, self._data, self._trainer, load)
         return metrics
 
 
@@ -100,42 +116,42 @@ def evaluate(
 
 
 def evaluate_clients(
-    module: pl.LightningModule, data: FederatedDataModule, trainer: Mapping[str, Any]
+    module: pl.LightningModule, data: FederatedDataModule, trainer: Mapping[str, Any], load: Load
 ) -> dict[str, float]:
-    """Run ``validation_step`` over every client's own validation data.
+    """Run ``validation_step`` over every client's own validation data, with the submodel of its capacity.
 
     Returns:
         For each metric that the module logs its mean and its minimum over the clients, as ``clients/NAME/mean`` and
-        ``clients/NAME/min``.
+        ``clients/NAME/min``; where capacities differ, also over the clients of each: ``clients/NAME/mean@CAPACITY``.
 
     Raises:
         ValueError: If a client has no validation data.
     """
-    rows = []
+    members: dict[float | None, list[str]] = {}
     for client_id in data.client_ids:
-        loader = data.client(client_id).val_loader()
-        if loader is None:
-            raise ValueError(
-                f"expected validation data of every client, client {client_id!r} has none: set validation_fraction"
-            )
-        rows.append(_validate(module, loader, trainer, []))
-    return {
-        f"clients/{name}/{kind}": value
-        for name in rows[0]
-        for kind, value in (
-            ("mean", sum(row[name] for row in rows) / len(rows)),
-            ("min", min(row[name] for row in rows)),
-        )
-    }
+        members.setdefault(data.client(client_id).capacity, []).append(client_id)
+    rows: dict[float | None, list[dict[str, float]]] = {}
+    for capacity, client_ids in members.items():
+        load(capacity)
+        rows[capacity] = [_validate_client(module, data.client(client_id), trainer) for client_id in client_ids]
+    summary = _over_clients([row for level in rows.values() for row in level])
+    if len(rows) > 1:
+        for capacity, level in rows.items():
+            summary |= {f"{name}{_at(capacity)}": value for name, value in _over_clients(level).items()}
+    return summary
 
 
-def recalibrate(module: pl.LightningModule, clients: Sequence[Client], trainer: Mapping[str, Any]) -> None:
+def recalibrate(
+    module: pl.LightningModule, clients: Sequence[Client], trainer: Mapping[str, Any], *, seed: int = 0
+) -> None:
     """Replace the running statistics of every BatchNorm layer by those of the module's weights on clients' data.
 
     The averages are cumulative over all batches (static BatchNorm: Diao et al., "HeteroFL", ICLR 2021, section 3), and
-    the batches go through the user's own ``validation_step``, so that any batch layout works.
+    the batches go through the user's own ``validation_step``, so that any batch layout works; ``seed`` fixes their order.
     """
-    _validate(module, _TrainingData(clients), trainer, [_Recalibration()])
+    with isolate_rng():
+        torch.manual_seed(seed)
+        _validate(module, _TrainingData(clients), trainer, [_Recalibration()])
 
 
 class _TrainingData:
@@ -173,6 +189,30 @@ def _batch_norms(module: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm
         for name, layer in module.named_modules()
         if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.track_running_stats
     }
+
+
+def _validate_client(module: pl.LightningModule, client: Client, trainer: Mapping[str, Any]) -> dict[str, float]:
+    loader = client.val_loader()
+    if loader is None:
+        raise ValueError(
+            f"expected validation data of every client, client {client.id!r} has none: set validation_fraction"
+        )
+    return _validate(module, loader, trainer, [])
+
+
+def _over_clients(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {
+        f"clients/{name}/{kind}": value
+        for name in rows[0]
+        for kind, value in (
+            ("mean", sum(row[name] for row in rows) / len(rows)),
+            ("min", min(row[name] for row in rows)),
+        )
+    }
+
+
+def _at(capacity: float | None) -> str:
+    return "" if capacity is None else f"@{capacity:g}"
 
 
 def _validate(

@@ -1,7 +1,8 @@
 """From stored weights to a servable model.
 
-A checkpoint of a plain Trainer holds the stored weights and the callbacks' state. Folding applies what the callbacks'
-masks say, so that the plain model computes what training computed, without any callback.
+A checkpoint of a plain Trainer holds the stored weights and the callbacks' state. Folding applies what the state says
+(``"exponents"`` of weights that are powers of the stored ones, then ``"masks"``, then magnitude ``"thresholds"``), so that
+the plain model computes what training computed, without any callback.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_fedsparse.effective import EffectiveWeights
 from lightning_fedsparse.masks import unpack_mask
+from lightning_fedsparse.powers import power_
 
 __all__ = ["fold", "load_folded"]
 
@@ -62,12 +64,21 @@ def load_folded(checkpoint: str | Path | Mapping[str, Any], module: Module) -> M
         )
     module.load_state_dict(content["state_dict"])
     parameters = dict(module.named_parameters())
-    for state in content.get("callbacks", {}).values():
-        masks = state.get("masks") if isinstance(state, Mapping) else None
-        # a callback of someone else's may use the word for another thing
-        for name, mask in masks.items() if isinstance(masks, Mapping) else ():
+    for powers in _states(content, "exponents"):
+        power_({name: parameters[name] for name in powers}, powers)
+    for masks in _states(content, "masks"):
+        for name, mask in masks.items():
             parameters[name].mul_(unpack_mask(mask["bits"], mask["shape"]).to(parameters[name].device))
+    for thresholds in _states(content, "thresholds"):
+        for name, threshold in thresholds.items():
+            parameters[name].masked_fill_(parameters[name].abs() < threshold, 0)
     return module
+
+
+def _states(content: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    """What the callbacks' states hold under a key; a callback of someone else's may use the word for another thing."""
+    states = [state for state in content.get("callbacks", {}).values() if isinstance(state, Mapping)]
+    return [state[key] for state in states if isinstance(state.get(key), Mapping)]
 
 
 def _read(path: str | Path) -> Mapping[str, Any]:

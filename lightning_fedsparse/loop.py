@@ -28,7 +28,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
-from lightning_fedsparse.aggregation import Aggregator, WeightedMean
+from lightning_fedsparse.accounting import Traffic, size_in_bytes
+from lightning_fedsparse.aggregation import Aggregator, MaskedMean, WeightedMean
+from lightning_fedsparse.broadcasting import Broadcaster
 from lightning_fedsparse.callbacks.base import CallbackList, SparsityCallback
 from lightning_fedsparse.checkpoint import RunFolder
 from lightning_fedsparse.checks import require_lightning, require_trainer_arguments
@@ -45,6 +47,7 @@ from lightning_fedsparse.sampling import UniformSampling
 from lightning_fedsparse.seeding import derive_seed
 from lightning_fedsparse.server import OptimizerFactory, ServerOptimizer, ServerState
 from lightning_fedsparse.update import SparseUpdate
+from lightning_fedsparse.wire import Wire
 
 __all__ = ["FederatedLoop"]
 
@@ -53,10 +56,9 @@ __all__ = ["FederatedLoop"]
 class _Tally:
     """What one round counts as it goes."""
 
-    sampled: int = 0
     returned: int = 0
-    bytes_down: int = 0
-    bytes_up: int = 0
+    down: dict[str, Traffic] = field(default_factory=dict)
+    up: dict[str, Traffic] = field(default_factory=dict)
     loss_sum: float = 0.0
     loss_examples: int = 0
     failures: dict[str, str] = field(default_factory=dict)
@@ -72,9 +74,11 @@ class FederatedLoop:
         trainer: Keyword arguments of the clients' ``lightning.pytorch.Trainer``, such as ``{"max_epochs": 5}`` (local
             epochs, 1 if neither epochs nor steps are given). Plain Lightning callbacks go here; every client round gets
             pristine copies of them.
-        aggregator: How updates are merged; ``WeightedMean()`` (FedAvg) if None.
+        aggregator: How updates are merged; if None, ``MaskedMean()`` where the method's clients hold different parts of
+            the model, else ``WeightedMean()`` (FedAvg).
         server_optimizer: Makes the server's optimizer on the pseudo-gradient; SGD with learning rate 1 if None.
         executor: Where client rounds run; in this process if None.
+        wire: How values travel each way, and over what links; without loss and without times if None.
         logger: Lightning loggers that get every round's scalars, with rounds as steps.
         evaluation: When and on what the global model is evaluated.
         buffers: BatchNorm statistics and other buffers: ``"average"`` over the clients; ``"local"``, each client keeps
@@ -100,6 +104,7 @@ class FederatedLoop:
         aggregator: Aggregator | None = None,
         server_optimizer: OptimizerFactory | None = None,
         executor: Executor | None = None,
+        wire: Wire | None = None,
         logger: Logger | Sequence[Logger] | None = None,
         evaluation: Evaluation | None = None,
         buffers: Literal["average", "local", "recalibrate"] = "average",
@@ -130,8 +135,9 @@ class FederatedLoop:
         for callback in self.callbacks:
             require_lightning(callback, pl.Callback, "a callback")
         self.trainer = arguments
-        self.aggregator = aggregator or WeightedMean()
+        self.aggregator = aggregator
         self.executor = executor or LocalExecutor()
+        self.wire = wire or Wire()
         self.loggers = [logger] if isinstance(logger, Logger) else list(logger or [])
         self.evaluation = evaluation or Evaluation()
         self.buffers = buffers
@@ -142,6 +148,7 @@ class FederatedLoop:
         self.console = Console(rounds, quiet=not console)
         self.history: list[RoundRecord] = []
         self._server_optimizer = server_optimizer
+        self._cohort: Sequence[str] = ()
 
     def fit(
         self,
@@ -174,7 +181,7 @@ class FederatedLoop:
                 self._round(index)
         except (KeyboardInterrupt, SystemExit) as stop:
             # Lightning turns Ctrl-C inside a fit into SystemExit; the last whole round is what counts
-            console.interrupted(self.folder.checkpoint)
+            console.interrupted(self.folder.saved)
             raise KeyboardInterrupt from stop
         finally:
             console.stop()
@@ -201,13 +208,18 @@ class FederatedLoop:
         started = time.perf_counter()
         tally = _Tally()
         server_round = ServerRound(index, self.rounds, derive_seed(self.seed, "server", index))
+        rule = self._upload_rule(server_round)
         cohort = self._sample(index)
         jobs = self._broadcast(index, cohort, tally)
         results = self.executor.run(self._worker, jobs)
-        updates = self._receive(results, server_round, tally)
-        mean = self._aggregate(updates, tally)
+        updates = self._receive(results, rule, server_round, tally)
+        mean = self._aggregate(updates, rule, tally)
         self._server_step(mean, server_round, cohort)
         self._record(index + 1, tally, server_round.metrics, started)
+
+    def _upload_rule(self, server_round: ServerRound) -> UploadRule:
+        rules = [method.upload_rule(self._federation.state, server_round) for method in self._methods]
+        return next((rule for rule in rules if rule is not None), UploadRule())
 
     def _sample(self, index: int) -> list[str]:
         return UniformSampling().sample(
@@ -215,54 +227,64 @@ class FederatedLoop:
         )
 
     def _broadcast(self, index: int, cohort: Sequence[str], tally: _Tally) -> Iterator[ClientJob]:
-        self._federation.broadcaster.start(self._federation.state)
-        for client_id in cohort:
-            payload, reference_id = self._federation.broadcaster.send(client_id)
-            tally.sampled += 1
-            tally.bytes_down += len(payload)
-            seed = derive_seed(self.seed, "client", index, client_id)
-            memory = self._federation.memories.get(client_id, {})
-            yield ClientJob(client_id, index, self.rounds, seed, payload, reference_id, memory)
+        broadcaster = self._federation.broadcaster
+        clients = [self._data.client(client_id) for client_id in cohort]
+        broadcaster.start(self._federation.state, clients, self._methods, derive_seed(self.seed, "broadcast", index))
+        for client in clients:
+            sent = broadcaster.send(client)
+            tally.down[client.id] = sent.traffic
+            seed = derive_seed(self.seed, "client", index, client.id)
+            memory = self._federation.memories.get(client.id, {})
+            yield ClientJob(
+                client.id, index, self.rounds, seed, sent.payload, sent.reference_id, memory, broadcaster.kept_versions
+            )
 
     def _receive(
-        self, results: Iterable[ClientResult], server_round: ServerRound, tally: _Tally
+        self, results: Iterable[ClientResult], rule: UploadRule, server_round: ServerRound, tally: _Tally
     ) -> Iterator[SparseUpdate]:
         state = self._federation.state
         limits = Limits.for_tensors(state.tensors)
-        rules = [method.upload_rule(state, server_round) for method in self._methods]
-        rule = next((rule for rule in rules if rule is not None), UploadRule())
+        dense = size_in_bytes(state.tensors)
+        travels = self.wire.rule_for(rule)
         for result in results:
-            tally.bytes_up += len(result.payload)
+            support = self._federation.broadcaster.support(result.client_id)
             if result.memory:
                 self._federation.memories[result.client_id] = dict(result.memory)
             try:
-                update = decode(result.payload, reference=state.masks, limits=limits)
-                check_update(update, state.weights, buffers=state.buffers, support=state.masks, rule=rule)
+                update = decode(result.payload, reference=support, limits=limits)
+                check_update(update, state.weights, buffers=state.buffers, support=support, rule=travels)
             except PayloadError as error:
                 tally.failures[result.client_id] = str(error)
+                tally.up[result.client_id] = Traffic.of_refused(result.payload, dense=dense)
                 continue
+            tally.up[result.client_id] = Traffic.of(result.payload, update, reference=support, dense=dense)
+            update = self.wire.read_upload(update, state.weights, rule)
             loss = update.metrics.get("train_loss", math.nan)
             if math.isfinite(loss):  # a client's word, and JSON has no NaN
                 tally.loss_sum += loss * update.num_examples
                 tally.loss_examples += update.num_examples
+            for method in self._methods:
+                method.on_server_receive(state, server_round, update)
             yield update
 
-    def _aggregate(self, updates: Iterable[SparseUpdate], tally: _Tally) -> dict[str, Tensor]:
-        self.aggregator.start(self._federation.state.tensors)
+    def _aggregate(self, updates: Iterable[SparseUpdate], rule: UploadRule, tally: _Tally) -> dict[str, Tensor]:
+        aggregator = self.aggregator or (MaskedMean() if rule.absent == "unheld" else WeightedMean())
+        aggregator.start(self._federation.state.tensors)
         for update in updates:
-            self.aggregator.add(update)
+            aggregator.add(update)
             tally.returned += 1
         if tally.returned == 0:
             raise RuntimeError(f"expected at least one valid update in the round, got none: {tally.failures}")
-        return self.aggregator.result()
+        return aggregator.result()
 
     def _server_step(self, mean: Mapping[str, Tensor], server_round: ServerRound, cohort: Sequence[str]) -> None:
         self._federation.optimizer.step(self._federation.state, mean)
         for method in self._methods:
             self._federation.state = method.on_server_round_end(self._federation.state, server_round)
+        self._cohort = cohort
         if self.buffers == "recalibrate":
-            self._federation.state.load_into(self._model)
-            recalibrate(self._model, [self._data.client(client_id) for client_id in cohort], self.trainer)
+            self._load_global()
+            self._recalibrate()
             self._federation.state.buffers = ServerState.of(self._model).buffers
 
     def _record(self, done: int, tally: _Tally, metrics: Mapping[str, float], started: float) -> None:
@@ -270,25 +292,29 @@ class FederatedLoop:
         last = self.history[-1] if self.history else None
         evaluated = {}
         if self._evaluator.is_due(done, self.rounds):
-            self._load_global()
-            evaluated = self._evaluator.run()
-        dense = sum(tensor.numel() * tensor.element_size() for tensor in state.tensors.values())
+            evaluated = self._evaluator.run(self._load_submodel)
+        down, up = Traffic.sum(tally.down.values()), Traffic.sum(tally.up.values())
+        clients = {name: self.wire.transfer(name, sent, tally.up.get(name)) for name, sent in tally.down.items()}
         record = RoundRecord(
             round=done,
-            clients_sampled=tally.sampled,
+            clients_sampled=len(tally.down),
             clients_returned=tally.returned,
             clients_failed=len(tally.failures),
             train_loss=tally.loss_sum / tally.loss_examples if tally.loss_examples else None,
             sparsity=state.prunable_sparsity,
-            bytes_down=tally.bytes_down,
-            bytes_up=tally.bytes_up,
-            total_bytes_down=tally.bytes_down + (last.total_bytes_down if last else 0),
-            total_bytes_up=tally.bytes_up + (last.total_bytes_up if last else 0),
-            dense_bytes_down=dense * tally.sampled,
-            dense_bytes_up=dense * (tally.returned + len(tally.failures)),
+            bytes_down=down.total,
+            bytes_up=up.total,
+            total_bytes_down=down.total + (last.total_bytes_down if last else 0),
+            total_bytes_up=up.total + (last.total_bytes_up if last else 0),
+            dense_bytes_down=down.dense,
+            dense_bytes_up=up.dense,
             seconds=time.perf_counter() - started,
             metrics={**metrics, **evaluated},
             failures=tally.failures,
+            traffic_down=down,
+            traffic_up=up,
+            transfer_seconds=max((c.transfer_seconds for c in clients.values() if c.transfer_seconds), default=None),
+            clients=clients,
         )
         self.history.append(record)
         self.folder.append(record)
@@ -298,11 +324,21 @@ class FederatedLoop:
         if done > 0 and (done % self.checkpoint_every == 0 or done == self.rounds):
             self.folder.save({"round": done, **self._federation.state_dict()})
 
-    def _load_global(self) -> None:
-        """Write the global model into the user's module as forward uses it."""
+    def _load_global(self, capacity: float | None = None) -> None:
+        """Write the global model, or its submodel of a capacity, into the user's module as forward uses it."""
         self._federation.state.load_into(self._model)
         for method in self._methods:
-            method.to_effective_(dict(self._model.named_parameters()))
+            method.to_effective_(dict(self._model.named_parameters()), capacity)
+
+    def _load_submodel(self, capacity: float | None) -> None:
+        """The same with statistics of its own, where those are measured: a submodel's are not the whole model's."""
+        self._load_global(capacity)
+        if capacity is not None and self.buffers == "recalibrate" and self._cohort:
+            self._recalibrate()
+
+    def _recalibrate(self) -> None:
+        clients = [self._data.client(client_id) for client_id in self._cohort]
+        recalibrate(self._model, clients, self.trainer, seed=derive_seed(self.seed, "statistics", *self._cohort))
 
     # -- a run's beginning -----------------------------------------------------------------------------------------
 
@@ -318,11 +354,21 @@ class FederatedLoop:
         self._model = model
         self._data = data
         self._methods = [callback for callback in self.callbacks if isinstance(callback, SparsityCallback)]
-        self._federation = Federation(ServerState.of(model), ServerOptimizer(self._server_optimizer))
+        self._cohort = ()
+        self._federation = Federation(
+            ServerState.of(model), ServerOptimizer(self._server_optimizer), Broadcaster(self.wire)
+        )
         self._sample(0)  # a cohort larger than the population is an error now, not after the first evaluation
         self._evaluator = Evaluator(model, data, self.evaluation, self.trainer)
+        self.wire.check(self._methods, data.client_ids)
         self._worker = ClientWorker(
-            model, data, self.callbacks, self.trainer, local_buffers=self.buffers == "local", threads=self.threads
+            model,
+            data,
+            self.callbacks,
+            self.trainer,
+            wire=self.wire,
+            local_buffers=self.buffers == "local",
+            threads=self.threads,
         )
         for position, method in enumerate(self._methods):
             seed = derive_seed(self.seed, "method", position)

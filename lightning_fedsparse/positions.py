@@ -25,6 +25,8 @@ Bits = NDArray[np.bool_]
 Positions = NDArray[np.int64]
 
 _ESCAPE = 255
+_UNARY = 0x80  # beside the shift, which is below 32
+_MOST_UNARY = 65_536  # bytes up to which a table of codes can cost more than Huffman codes save over unary
 _SMALL = 32_768  # entries up to which every coding is tried: cheaper than estimating
 _CLOSE = 1.02  # estimates are good to about a percent each
 _PARTS = 16
@@ -110,7 +112,8 @@ def pack_gaps(members: Positions, universe: int) -> bytes:
     """Code ascending numbers below ``universe``: how far apart they are, in bytes under Huffman codes.
 
     A gap is the count of numbers skipped. Its low ``k`` bits travel as bit planes (they are noise), the rest as a byte,
-    or as so many bytes 255 and a last one below 255. ``k`` comes first and leaves most gaps one byte.
+    or as so many bytes 255 and a last one below 255. ``k`` comes first and leaves most gaps one byte. Where there are
+    too few gaps to pay for a table of codes, the rest travels in unary instead: so many zeros and a one.
 
     >>> unpack_gaps(memoryview(pack_gaps(np.array([0, 1, 300]), 1000)), 3, 1000, "x").tolist()
     [0, 1, 300]
@@ -125,25 +128,21 @@ def unpack_gaps(section: memoryview, count: int, universe: int, what: str) -> Po
             raise PayloadError(f"{what} has no positions but {len(section)} bytes of them")
         return np.empty(0, np.int64)
     reader = Reader(section)
-    shift = reader.byte(f"the positions of {what}")
+    first = reader.byte(f"the positions of {what}")
+    shift = first & ~_UNARY
     if universe >> shift == 0:
         raise PayloadError(f"the gaps of {what} are shifted by {shift} bits, too many for {universe} entries")
     planes = [reader.take((count + 7) // 8, f"the positions of {what}") for _ in range(shift)]
     coarse = universe >> shift
     packed = reader.take(reader.left, what)
-    high = np.frombuffer(inflate(packed, count + coarse // _ESCAPE, f"the positions of {what}"), np.uint8)
-    last = high != _ESCAPE
-    found = int(np.count_nonzero(last))
-    if found != count or not last[-1]:
-        raise PayloadError(f"the positions of {what} hold {found} gaps, not {count}, or end within one")
+    # how many coarse steps were skipped up to each number
+    ends = _unary_ends(packed, count, what) if first & _UNARY else _byte_ends(packed, count, coarse, what)
+    if ends[-1] > coarse:
+        raise PayloadError(f"the positions of {what} reach beyond its {universe} entries")
     if not shift:
-        ends = np.cumsum(high, dtype=np.int64)
-        members = ends if found == high.size else ends[last]
+        members = ends
         members += np.arange(count)
     else:
-        ends = np.cumsum(high, dtype=np.int64)[last]
-        if ends[-1] > coarse:
-            raise PayloadError(f"the positions of {what} reach beyond its {universe} entries")
         gaps = np.diff(ends, prepend=0) << shift
         for bit, plane in enumerate(planes):
             gaps |= np.unpackbits(np.frombuffer(plane, np.uint8), count=count).astype(np.int64) << bit
@@ -153,10 +152,29 @@ def unpack_gaps(section: memoryview, count: int, universe: int, what: str) -> Po
     return members
 
 
+def _byte_ends(packed: memoryview, count: int, coarse: int, what: str) -> Positions:
+    high = np.frombuffer(inflate(packed, count + coarse // _ESCAPE, f"the positions of {what}"), np.uint8)
+    last = high != _ESCAPE
+    found = int(np.count_nonzero(last))
+    if found != count or not last[-1]:
+        raise PayloadError(f"the positions of {what} hold {found} gaps, not {count}, or end within one")
+    ends = np.cumsum(high, dtype=np.int64)
+    return ends if found == high.size else ends[last]
+
+
+def _unary_ends(packed: memoryview, count: int, what: str) -> Positions:
+    ones = np.flatnonzero(np.unpackbits(np.frombuffer(packed, np.uint8)))
+    if ones.size != count or ones[-1] // 8 != len(packed) - 1:
+        raise PayloadError(f"the positions of {what} hold {ones.size} gaps, not {count}, or do not end with the last")
+    ends: Positions = ones - np.arange(count)
+    return ends
+
+
 class _Gaps:
     """Gaps of ascending numbers, split for coding: noise bits, and the bytes that Huffman codes shorten."""
 
     def __init__(self, members: Positions, universe: int) -> None:
+        self.gaps = np.empty(0, np.int32)
         self.shift = 0
         self.low = b""
         self.high = np.empty(0, np.uint8)
@@ -167,7 +185,8 @@ class _Gaps:
         ascending = members.astype(np.int32)
         gaps = ascending.copy()
         gaps[1:] -= ascending[:-1] + np.int32(1)
-        self.low = b"".join(np.packbits((gaps >> bit & 1).astype(np.bool_)).tobytes() for bit in range(self.shift))
+        self.gaps = gaps
+        self.low = _bit_planes(gaps, self.shift)
         high = gaps >> self.shift
         if high.max() < _ESCAPE:
             self.high = high.astype(np.uint8)
@@ -178,7 +197,28 @@ class _Gaps:
             self.high[ends] = high % _ESCAPE
 
     def pack(self) -> bytes:
-        return bytes([self.shift]) + self.low + deflate(self.high.data) if self.high.size else b""
+        if not self.high.size:
+            return b""
+        packed = bytes([self.shift]) + self.low + deflate(self.high.data)
+        unary = self._in_unary() if len(packed) < _MOST_UNARY else packed
+        return min(packed, unary, key=len)
+
+    def _in_unary(self) -> bytes:
+        """The whole coding with the gaps' high parts in unary, at the shift where that is shortest."""
+        # one bit more of shift costs a bit per gap and saves what it halves; near log2 of the mean gap it is a wash
+        sizes = {
+            shift: len(self.gaps) * (shift + 1) + int((self.gaps >> shift).sum())
+            for shift in range(max(0, self.shift), self.shift + 7)
+        }
+        shift = min(sizes, key=lambda shift: sizes[shift])
+        ones = np.cumsum((self.gaps >> shift) + 1, dtype=np.int64) - 1
+        bits = np.zeros(int(ones[-1]) + 1, np.bool_)
+        bits[ones] = True
+        return bytes([shift | _UNARY]) + _bit_planes(self.gaps, shift) + np.packbits(bits).tobytes()
+
+
+def _bit_planes(gaps: NDArray[np.int32], count: int) -> bytes:
+    return b"".join(np.packbits((gaps >> bit & 1).astype(np.bool_)).tobytes() for bit in range(count))
 
 
 class _Changes:

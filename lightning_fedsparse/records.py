@@ -7,6 +7,9 @@ import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
+
+from lightning_fedsparse.accounting import ClientTraffic, Traffic
 
 __all__ = ["RoundRecord", "append_record", "read_history", "rewrite_history"]
 
@@ -31,6 +34,11 @@ class RoundRecord:
         seconds: Wall time of the round, evaluation included.
         metrics: Evaluation of the global model and what the methods report, by name.
         failures: Why clients failed: client id -> one sentence.
+        traffic_down: The broadcasts' bytes, by what they carry, beside their dense equivalent and their bound; None in
+            records of versions that did not count them, like the three fields below.
+        traffic_up: The same for the uploads.
+        transfer_seconds: Time that the round's slowest client spends sending and receiving; None without links.
+        clients: The same for each client of the round.
     """
 
     round: int
@@ -48,6 +56,27 @@ class RoundRecord:
     seconds: float
     metrics: dict[str, float] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    traffic_down: Traffic | None = None
+    traffic_up: Traffic | None = None
+    transfer_seconds: float | None = None
+    clients: dict[str, ClientTraffic] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, line: str) -> RoundRecord:
+        """Read what :meth:`to_json` wrote, now or in an earlier version.
+
+        Raises:
+            TypeError: If a field is missing or unknown.
+            ValueError: If it is no JSON.
+        """
+        row = json.loads(line)
+        for name in ("traffic_down", "traffic_up"):
+            row[name] = _traffic(row.get(name))
+        row["clients"] = {
+            client_id: ClientTraffic(Traffic(**part["down"]), _traffic(part["up"]), part["transfer_seconds"])
+            for client_id, part in row.get("clients", {}).items()
+        }
+        return cls(**row)
 
     def to_json(self) -> str:
         """One line of JSON, metrics nested under ``metrics``.
@@ -62,6 +91,10 @@ class RoundRecord:
         """Everything that a logger can plot, flat; metrics under their own names."""
         own = {name: value for name, value in asdict(self).items() if isinstance(value, int | float)}
         own.pop("round")
+        for direction, traffic in (("down", self.traffic_down), ("up", self.traffic_up)):
+            if traffic is not None:
+                for part in ("positions", "values", "header", "bound"):
+                    own[f"{part}_bytes_{direction}"] = getattr(traffic, part)
         return {**own, **self.metrics}
 
 
@@ -82,12 +115,16 @@ def read_history(path: Path) -> list[RoundRecord]:
     records = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            records.append(RoundRecord(**json.loads(line)))
-        except (TypeError, ValueError) as error:
+            records.append(RoundRecord.from_json(line))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"expected one round record per line, got something else in line {number} of {path}"
             ) from error
     return records
+
+
+def _traffic(row: dict[str, Any] | None) -> Traffic | None:
+    return None if row is None else Traffic(**row)
 
 
 def rewrite_history(path: Path, records: Iterable[RoundRecord]) -> None:

@@ -19,8 +19,8 @@ class ClientRound:
         total: Rounds of the federation.
         client_id: Id of the client.
         seed: Seed of this client in this round, derived from (seed of the run, round, client).
-        masks: Masks as broadcast: the support that client and server share in this round.
-        capacity: Share of the parameters that the client can hold, in (0, 1].
+        masks: Masks as broadcast to this client: the support that it and the server share in this round.
+        capacity: Share of the weights that the client can hold, in (0, 1]; None if it has none of its own.
     """
 
     index: int
@@ -28,7 +28,7 @@ class ClientRound:
     client_id: str
     seed: int
     masks: MaskSet
-    capacity: float = 1.0
+    capacity: float | None = None
 
     @property
     def progress(self) -> Progress:

@@ -235,6 +235,17 @@ def test_the_module_is_the_command() -> None:
 
 
 @pytest.mark.slow
+def test_a_reader_that_leaves_is_no_error() -> None:
+    command = [sys.executable, "-m", "lightning_fedsparse.cli", "show", "quickstart"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
+@pytest.mark.slow
 def test_ctrl_c_ends_cleanly_with_what_was_done() -> None:
     command = [sys.executable, "-m", "lightning_fedsparse.cli", "run", "quickstart", "--loop.checkpoint_every=1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -14,17 +14,31 @@ from torch import nn
 
 from lightning_fedsparse import callbacks as exported
 from lightning_fedsparse.callbacks import (
+    ActivationPruning,
+    CollapseMonitor,
     CompressionMemory,
     DenseStatistics,
     DynamicPruning,
     ErrorFeedback,
+    ImportanceMasking,
     IncrementalRegularization,
     MagnitudePruning,
+    MaskMonitor,
+    Powerpropagation,
     RoundLearningRate,
     SparsityMonitor,
+    TopKAfterTraining,
     feddip,
+    fiarse,
+    sparsyfed,
 )
-from lightning_fedsparse.schedules import CubicSchedule, ExponentialSchedule, LinearSchedule, StaircaseSchedule
+from lightning_fedsparse.schedules import (
+    ConstantSchedule,
+    CubicSchedule,
+    ExponentialSchedule,
+    LinearSchedule,
+    StaircaseSchedule,
+)
 from lightning_fedsparse.testing import (
     CHECKS,
     Check,
@@ -62,6 +76,14 @@ BUILD: dict[str, Factory] = {
     "RoundLearningRate": lambda: [RoundLearningRate(ExponentialSchedule(1.0, 0.5))],
     "SparsityMonitor": lambda: [pruning(), SparsityMonitor()],
     "feddip": lambda: feddip(sparsity=0.8, reconfigure_every=1),
+    "ImportanceMasking": lambda: [ImportanceMasking(0.4, refresh_every=3)],
+    "fiarse": lambda: fiarse(0.2),
+    "Powerpropagation": lambda: [Powerpropagation()],
+    "ActivationPruning": lambda: [ActivationPruning()],  # beside a callback that prunes: in its own tests
+    "TopKAfterTraining": lambda: [TopKAfterTraining(ConstantSchedule(0.5))],
+    "MaskMonitor": lambda: [pruning(), MaskMonitor()],
+    "CollapseMonitor": lambda: [pruning(), CollapseMonitor()],
+    "sparsyfed": lambda: sparsyfed(sparsity=0.5),
 }
 VARIANTS: dict[str, Factory] = {
     "MagnitudePruning per layer": lambda: [pruning(scope="layer", distribution="erk", start=0.2, end=0.7)],
@@ -75,6 +97,17 @@ VARIANTS: dict[str, Factory] = {
         lambda_mode="code",
         bn_mode="dense",
     ),
+    "fiarse per tensor with a floor": lambda: fiarse(0.3, extraction="tensor", layer_floor=0.1, refresh_every=5),
+    "sparsyfed with a spectral exponent and a ramp": lambda: sparsyfed(
+        sparsity=0.5,
+        exponent="spectral_layer",
+        activation_threshold="first_batch",
+        ramp=0.5,
+        layer_floor=0.1,
+        learning_rate_decay=0.9,
+    ),
+    "sparsyfed from a truncated normal": lambda: sparsyfed(sparsity=0.5, initialization="truncated_normal"),
+    "Powerpropagation under masks": lambda: [pruning(), ErrorFeedback(), Powerpropagation(2.0)],
     "feddip with residuals": lambda: feddip(sparsity=0.8, reconfigure_every=2, residual="keep"),
     "feddip with a dense aggregate": lambda: feddip(sparsity=0.8, reconfigure_every=1, regrow="dense"),
 }
@@ -84,6 +117,12 @@ SELECTIVE: dict[str, tuple[Callable[..., pl.Callback], Factory]] = {
     "CompressionMemory": (CompressionMemory, list),
     "IncrementalRegularization": (lambda **o: IncrementalRegularization(StaircaseSchedule(0.1, 4), **o), list),
     "SparsityMonitor": (SparsityMonitor, lambda: [pruning()]),
+    "Powerpropagation": (Powerpropagation, list),
+    "ActivationPruning": (ActivationPruning, lambda: [pruning()]),
+    "TopKAfterTraining": (lambda **o: TopKAfterTraining(ConstantSchedule(0.5), **o), list),
+    "MaskMonitor": (MaskMonitor, list),
+    "CollapseMonitor": (CollapseMonitor, list),
+    "ImportanceMasking": (lambda **o: ImportanceMasking(0.4, refresh_every=3, **o), list),
 }
 
 

@@ -55,7 +55,7 @@ def one_step(module: OneLayer, callbacks: list[pl.Callback], x: list[float]) -> 
 
 
 def half(*, fold: bool = False, every: int = 1) -> MagnitudePruning:
-    return MagnitudePruning(ConstantSchedule(0.5), every=every, fold=fold)
+    return MagnitudePruning(ConstantSchedule(0.5), every=every, end=1.0, fold=fold)
 
 
 # -- answers on paper: w = (1, -.2), m = (1, 0), x = (1, 2), y = 3 gives w_eff . x = 1 and the gradient (-2, -4) -------
@@ -105,7 +105,7 @@ def test_training_equals_the_reference(
     # 5 batches: with accumulation the last window of an epoch has one batch only
     total = 10 if accumulate == 1 else 6
     module, twin = (seeded(lambda: Net(optimizer)) for _ in range(2))
-    pruning = MagnitudePruning(LinearSchedule(0.2, 0.8), every=2, fold=False)
+    pruning = MagnitudePruning(LinearSchedule(0.2, 0.8), every=2, end=1.0, fold=False)
     callbacks = [pruning, *([ErrorFeedback()] if feedback else [])]
     quiet_trainer(callbacks, accumulate_grad_batches=accumulate, gradient_clip_val=clip).fit(module, loader())
     masks = reference_fit(
@@ -171,11 +171,11 @@ def test_the_order_of_the_callbacks_does_not_matter() -> None:
 
 def test_two_prunings_of_disjoint_weights() -> None:
     module, twin = seeded(Net), seeded(Net)
-    first = MagnitudePruning(ConstantSchedule(0.25), every=1, include=["first.*"], exclude=["*.bias"])
-    second = MagnitudePruning(ConstantSchedule(0.75), every=1, include=["second.weight"])
+    first = MagnitudePruning(ConstantSchedule(0.25), every=1, end=1.0, include=["first.*"], exclude=["*.bias"])
+    second = MagnitudePruning(ConstantSchedule(0.75), every=1, end=1.0, include=["second.weight"])
     quiet_trainer([first, second, ErrorFeedback()]).fit(module, loader())
-    per_layer = MagnitudePruning(ConstantSchedule(0.25), every=1, include=["first.weight"])
-    other = MagnitudePruning(ConstantSchedule(0.75), every=1, include=["second.weight"])
+    per_layer = MagnitudePruning(ConstantSchedule(0.25), every=1, end=1.0, include=["first.weight"])
+    other = MagnitudePruning(ConstantSchedule(0.75), every=1, end=1.0, include=["second.weight"])
     quiet_trainer([other, ErrorFeedback(), per_layer]).fit(twin, loader())
     assert int((module.first.weight == 0).sum()) == 12
     assert int((module.second.weight == 0).sum()) == 18

@@ -31,7 +31,10 @@ DECAY = 0.5
 
 
 def callbacks_with(averaging: pl.Callback, *, first: bool, fold: bool = False, every: int = 1000) -> list[pl.Callback]:
-    ours: list[pl.Callback] = [MagnitudePruning(ConstantSchedule(0.5), every=every, fold=fold), ErrorFeedback()]
+    ours: list[pl.Callback] = [
+        MagnitudePruning(ConstantSchedule(0.5), every=every, end=1.0, fold=fold),
+        ErrorFeedback(),
+    ]
     return [averaging, *ours] if first else [*ours, averaging]
 
 

@@ -29,14 +29,14 @@ from tests.effective_reference import (
 
 def growing(*, fold: bool = True) -> list[pl.Callback]:
     return [
-        MagnitudePruning(LinearSchedule(0.2, 0.8), every=3, fold=fold),
+        MagnitudePruning(LinearSchedule(0.2, 0.8), every=3, end=1.0, fold=fold),
         ErrorFeedback(),
         IncrementalRegularization(StaircaseSchedule(0.1, 4)),
     ]
 
 
 def hard() -> list[pl.Callback]:
-    return [MagnitudePruning(LinearSchedule(0.2, 0.8), every=2)]
+    return [MagnitudePruning(LinearSchedule(0.2, 0.8), every=2, end=1.0)]
 
 
 def composed() -> list[pl.Callback]:
@@ -58,7 +58,7 @@ class Saves(Net):
 def test_a_checkpoint_from_inside_a_step_holds_stored_weights(tmp_path: Path) -> None:
     module, twin = seeded(Saves), seeded(Net)
     module.path = tmp_path / "inside.ckpt"
-    quiet_trainer([MagnitudePruning(ConstantSchedule(0.5), every=1000), ErrorFeedback()]).fit(module, loader())
+    quiet_trainer([MagnitudePruning(ConstantSchedule(0.5), every=1000, end=1.0), ErrorFeedback()]).fit(module, loader())
     state = torch.load(module.path, weights_only=True)["state_dict"]
     batches = list(loader())
     reference_fit(

@@ -24,7 +24,7 @@ ZEROS = 36  # half of the 72 weights
 
 
 def prune_half() -> MagnitudePruning:
-    return MagnitudePruning(ConstantSchedule(0.5), every=1000, fold=False)
+    return MagnitudePruning(ConstantSchedule(0.5), every=1000, end=1.0, fold=False)
 
 
 def zeros(weights: dict[str, Tensor]) -> int:

@@ -29,7 +29,7 @@ ZEROS = 36  # half of the 72 weights
 
 
 def prune_half(*, fold: bool = False) -> MagnitudePruning:
-    return MagnitudePruning(ConstantSchedule(0.5), every=1000, fold=fold)
+    return MagnitudePruning(ConstantSchedule(0.5), every=1000, end=1.0, fold=fold)
 
 
 def zeros(weights: dict[str, Tensor]) -> int:

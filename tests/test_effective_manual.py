@@ -63,7 +63,7 @@ class Adversarial(pl.LightningModule):
 
 
 def prune_half(*, fold: bool = False) -> MagnitudePruning:
-    return MagnitudePruning(ConstantSchedule(0.5), every=1, fold=fold)
+    return MagnitudePruning(ConstantSchedule(0.5), every=1, end=1.0, fold=fold)
 
 
 def adversarial_reference(module: Adversarial, batches: Sequence[Sequence[Tensor]], *, feedback: bool) -> None:
@@ -145,10 +145,10 @@ class TwoSteps(Net):
 
 def test_two_steps_per_batch_equal_twice_the_batches() -> None:
     module, twin = seeded(TwoSteps), seeded(Net)
-    pruning = MagnitudePruning(ConstantSchedule(0.5), every=1000, fold=False)
+    pruning = MagnitudePruning(ConstantSchedule(0.5), every=1000, end=1.0, fold=False)
     quiet_trainer([pruning, ErrorFeedback()]).fit(module, loader())
     doubled = torch.utils.data.DataLoader([sample for batch in loader() for sample in (batch, batch)], batch_size=None)
-    other = MagnitudePruning(ConstantSchedule(0.5), every=1000, fold=False)
+    other = MagnitudePruning(ConstantSchedule(0.5), every=1000, end=1.0, fold=False)
     quiet_trainer([other, ErrorFeedback()]).fit(twin, doubled)
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), twin.parameters(), strict=True))
 
@@ -159,7 +159,7 @@ def test_the_final_sparsity_is_reached_at_the_last_batch(
     make: type[pl.LightningModule], options: dict[str, Any]
 ) -> None:
     module = seeded(make)
-    pruning = MagnitudePruning(LinearSchedule(0.0, 0.8), every=3)
+    pruning = MagnitudePruning(LinearSchedule(0.0, 0.8), every=3, end=1.0)
     quiet_trainer([pruning, ErrorFeedback()], **options).fit(module, loader())
     kept = sum(int(mask.sum()) for mask in pruning.masks.values())
     total = sum(mask.numel() for mask in pruning.masks.values())

@@ -23,7 +23,7 @@ class Quiet(Net):
 
 
 def growing(*, fold: bool = True) -> list[pl.Callback]:
-    pruning = MagnitudePruning(LinearSchedule(0.2, 0.75), every=3, fold=fold)
+    pruning = MagnitudePruning(LinearSchedule(0.2, 0.75), every=3, end=1.0, fold=fold)
     return [pruning, ErrorFeedback(), IncrementalRegularization(ConstantSchedule(0.05))]
 
 
@@ -57,7 +57,7 @@ def test_mixed_precision_keeps_stored_weights_in_float32() -> None:
 @pytest.mark.parametrize("feedback", [True, False])
 def test_true_bfloat16(feedback: bool) -> None:
     module = seeded(Net)
-    pruning = MagnitudePruning(ConstantSchedule(0.5), every=3)
+    pruning = MagnitudePruning(ConstantSchedule(0.5), every=3, end=1.0)
     quiet_trainer([pruning, *([ErrorFeedback()] if feedback else [])], precision="bf16-true").fit(module, loader())
     assert module.first.weight.dtype == torch.bfloat16
     assert sum(int((module.get_parameter(name) == 0).sum()) for name in WEIGHTS) == 36

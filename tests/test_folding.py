@@ -20,7 +20,7 @@ from tests.effective_reference import WEIGHTS, Net, loader, quiet_trainer, seede
 
 
 def prune_half(*, fold: bool, **selection: Any) -> list[pl.Callback]:
-    return [MagnitudePruning(ConstantSchedule(0.5), every=3, fold=fold, **selection), ErrorFeedback()]
+    return [MagnitudePruning(ConstantSchedule(0.5), every=3, end=1.0, fold=fold, **selection), ErrorFeedback()]
 
 
 def zeros(module: nn.Module) -> int:
@@ -115,7 +115,7 @@ def test_a_path_as_text_and_a_mapping(tmp_path: Path) -> None:
 def test_the_masks_of_all_callbacks_are_folded(tmp_path: Path) -> None:
     callbacks = [
         *prune_half(fold=True, include=["first.weight"]),
-        MagnitudePruning(ConstantSchedule(0.25), every=1, include=["second.weight"]),
+        MagnitudePruning(ConstantSchedule(0.25), every=1, end=1.0, include=["second.weight"]),
     ]
     trained(callbacks, tmp_path)
     served = load_folded(tmp_path / "end.ckpt", plain_module())

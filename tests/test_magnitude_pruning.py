@@ -28,6 +28,7 @@ def fit(*, feedback: bool = True, trainer: dict[str, Any] | None = None, **optio
     """10 steps over 72 prunable weights."""
     module: Net = seeded(Net)
     schedule = options.pop("schedule", LinearSchedule(0.25, 0.75))
+    options.setdefault("end", 1.0)
     callbacks = [MagnitudePruning(schedule, **options), *([ErrorFeedback()] if feedback else [])]
     quiet_trainer(callbacks, **(trainer or {})).fit(module, loader())
     return module
@@ -67,6 +68,14 @@ def test_the_schedules_end_between_two_steps_is_reached_at_the_second() -> None:
     assert zeros_by_step(module) == [18] * 6 + [54] * 4
 
 
+def test_masks_stay_from_end_on() -> None:
+    module = seeded(Net)
+    callbacks = [MagnitudePruning(LinearSchedule(0.25, 0.75), every=2, end=0.5), ErrorFeedback()]
+    quiet_trainer(callbacks).fit(module, loader())
+    at_end, *later = [{name: weights[name] != 0 for name in WEIGHTS} for weights in module.seen["train"][5:]]
+    assert all(torch.equal(masks[name], at_end[name]) for masks in later for name in WEIGHTS)
+
+
 def test_under_accumulation_steps_count_not_batches() -> None:
     # 5 batches make 3 steps an epoch; 6 steps in all, masks at 0, 2, 4: 72 * (0.25 + 0.5 * step / 6)
     module = fit(every=2, trainer={"accumulate_grad_batches": 2})
@@ -84,7 +93,7 @@ def test_under_accumulation_masks_move_once_per_step() -> None:
 
 
 @pytest.mark.parametrize(
-    ("step", "due"), [(0, True), (1, False), (5, True), (9, False), (10, True), (13, True), (14, False), (20, True)]
+    ("step", "due"), [(0, True), (1, False), (5, True), (9, False), (10, True), (13, True), (14, False), (20, False)]
 )
 def test_due_steps(step: int, due: bool) -> None:
     # 0.63 of 20 is between steps 12 and 13
@@ -170,7 +179,7 @@ def test_a_second_fit_starts_from_no_mask() -> None:
         ({"schedule": LinearSchedule(0.9, 0.5)}, "expected a sparsity schedule that does not decrease, got 0.9 to 0.5"),
         ({"every": 0}, "expected a period of at least 1, got every=0"),
         ({"start": 0.5, "end": 0.5}, "expected 0 <= start < end <= 1, got start=0.5 and end=0.5"),
-        ({"start": -0.1}, "got start=-0.1 and end=1.0"),
+        ({"start": -0.1}, "got start=-0.1 and end=0.75"),
         ({"end": 1.1}, "got start=0.0 and end=1.1"),
         ({"scope": "model"}, "expected scope 'global' or 'layer', got 'model'"),
         ({"distribution": "even"}, "expected distribution 'uniform' or 'erk', got 'even'"),

@@ -39,8 +39,10 @@ def test_the_recipes_that_ship() -> None:
         "fedavg-fashion-mnist-dirichlet",
         "feddip-fashion-mnist",
         "feddip-fashion-mnist-dirichlet",
+        "fiarse-fashion-mnist",
         "pruning-only",
         "quickstart",
+        "sparsyfed-fashion-mnist",
     ]
 
 

@@ -1,0 +1,197 @@
+r"""Top-K after training: the largest weights survive the round, the rest is zero and is not sent.
+
+After its local training each client keeps the :math:`n - \mathrm{round}(s\,n)` weights of largest magnitude, ranked over all
+its prunable layers together, and sends these. The server averages, what is absent counting as zero:
+
+.. math:: \tilde w_i = \mathrm{TopK}(w_i), \qquad w \leftarrow \sum_i n_i \tilde w_i \Big/ \sum_i n_i
+
+so the global support is the union of the clients', a little denser than one client's. It is never stored: the next round's
+masks are the non-zeros of the average. The first broadcast is dense.
+
+A client with a capacity of its own, the share of the prunable weights that it can hold, keeps no more than that; from
+round 2 on it is also sent no more than that, the largest of the global weights.
+
+Under plain weights a zero receives gradients and can return; under ``Powerpropagation`` it can't. Nothing keeps a layer from
+losing all its weights: a small network that is cut to its target after the first round may die for good, of which
+``CollapseMonitor`` warns; a schedule that ramps up and a floor per layer prevent it.
+
+In a plain Trainer, ``fit`` is the local training: its end prunes to the schedule's end. Put the callback before
+``Powerpropagation``, which folds its exponents in at that moment too.
+
+Reference: "SparsyFed", ICLR 2025, https://arxiv.org/abs/2504.05153, released code. Its text prunes the update; its code, like
+this, the weights: a sum of old weights and a pruned difference would not be sparse.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_fedsparse.callbacks.base import SparsityCallback
+from lightning_fedsparse.clients import Client
+from lightning_fedsparse.masks import magnitude_masks, top_masks
+from lightning_fedsparse.metrics import DensityExcess
+from lightning_fedsparse.prunable import prunable_parameters
+from lightning_fedsparse.rounds import ServerRound, UploadRule
+from lightning_fedsparse.schedules import Progress, Schedule
+from lightning_fedsparse.server import ServerState
+from lightning_fedsparse.update import MaskSet, SparseUpdate, gather
+
+__all__ = ["TopKAfterTraining", "largest_weights"]
+
+
+@torch.no_grad()
+def largest_weights(weights: Mapping[str, Tensor], sparsity: float, *, layer_floor: float = 0.0) -> dict[str, Tensor]:
+    """Masks of the non-zero weights among the ``n - round(sparsity * n)`` largest of all.
+
+    Args:
+        weights: Weights by name.
+        sparsity: Fraction of zeros over all weights together, in [0, 1).
+        layer_floor: Share of each layer's weights that is kept at least, from what others would get.
+
+    Returns:
+        A bool mask for every name.
+    """
+    ranked = dict(weights)
+    if layer_floor > 0:
+        first = top_masks(weights, {name: math.ceil(layer_floor * weight.numel()) for name, weight in weights.items()})
+        ranked = {name: weight.masked_fill(first[name], float("inf")) for name, weight in weights.items()}
+    kept = magnitude_masks(ranked, sparsity)
+    return {name: kept[name] & (weight != 0) for name, weight in weights.items()}
+
+
+class TopKAfterTraining(SparsityCallback):
+    """Keep the largest weights after local training.
+
+    Args:
+        schedule: Sparsity over the run, from its start to ``end``; values in [0, 1), not decreasing.
+        end: Share of the run at which the schedule's end is reached.
+        layer_floor: Share of each layer's weights that is kept at least; below ``1 - sparsity`` at the schedule's end.
+        include: Globs of parameter names to prune instead of all convolution and linear weights.
+        exclude: Globs of parameter names to leave dense.
+
+    Raises:
+        ValueError: At construction for a value out of range; at the start for a model with nothing to prune or a glob that
+            matches nothing.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        *,
+        end: float = 1.0,
+        layer_floor: float = 0.0,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        first, last = schedule(0.0), schedule(1.0)
+        for value in (first, last):
+            if not 0 <= value < 1:
+                raise ValueError(f"expected a sparsity schedule with values in [0, 1), got {value} from {schedule}")
+        if last < first:
+            raise ValueError(
+                f"expected a sparsity schedule that does not decrease, got {first} to {last} from {schedule}"
+            )
+        if not 0 < end <= 1:
+            raise ValueError(f"expected end in (0, 1], got {end}")
+        if not 0 <= layer_floor < 1 - last:
+            raise ValueError(
+                f"expected layer_floor in [0, {1 - last:.6g}), below the density at the schedule's end, got {layer_floor}"
+            )
+        self.schedule = schedule
+        self.end = end
+        self.layer_floor = layer_floor
+        self.include = tuple(include)
+        self.exclude = tuple(exclude)
+        self._names: list[str] = []
+        self._broadcast: SparseUpdate | None = None
+        self._narrowed: dict[float, SparseUpdate] = {}
+        self._key = self._generate_state_key(include=self.include, exclude=self.exclude)
+
+    @property
+    def state_key(self) -> str:
+        """Tells instances with other selections apart."""
+        return self._key
+
+    def target(self, done: Progress) -> float:
+        """Scheduled sparsity once so much of the run is done."""
+        return self.schedule(min(1.0, done.fraction / self.end))
+
+    @override
+    @torch.no_grad()
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.client_round is not None:
+            return
+        weights = dict(prunable_parameters(pl_module, self.include, exclude=self.exclude))
+        masks = largest_weights(weights, self.target(Progress(1, 1)), layer_floor=self.layer_floor)
+        for name, weight in weights.items():
+            weight.mul_(masks[name])
+
+    # -- in a federation -------------------------------------------------------------------------------------------
+
+    @override
+    def on_client_round_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, update: SparseUpdate
+    ) -> SparseUpdate:
+        assert self.client_round is not None
+        weights = dict(prunable_parameters(pl_module, self.include, exclude=self.exclude))
+        sparsity = self.target(Progress(self.client_round.index + 1, self.client_round.total))
+        if self.client_round.capacity is not None:
+            sparsity = max(sparsity, 1 - self.client_round.capacity)
+        return replace(self._cut(update, weights, sparsity), absent="zero")
+
+    def _cut(self, update: SparseUpdate, weights: Mapping[str, Tensor], sparsity: float) -> SparseUpdate:
+        """The update with nothing but the largest of these weights."""
+        masks = largest_weights(weights, sparsity, layer_floor=self.layer_floor)
+        # the order of names is the model's: a mapping that is merged keeps it
+        merged = MaskSet.of({**update.masks, **masks})
+        values = {**update.values, **gather(weights, masks)}
+        return replace(update, values=values, masks=merged, mask_id=merged.id)
+
+    @override
+    def on_server_start(self, pl_module: pl.LightningModule, state: ServerState, seed: int) -> ServerState:
+        self._names = list(prunable_parameters(pl_module, self.include, exclude=self.exclude))
+        return state
+
+    @override
+    def client_broadcast(self, state: ServerState, client: Client, broadcast: SparseUpdate) -> SparseUpdate:
+        if client.capacity is None or any(state.masks[name] is None for name in self._names):
+            return broadcast  # dense in the first round
+        if broadcast is not self._broadcast:
+            self._broadcast, self._narrowed = broadcast, {}
+        if client.capacity not in self._narrowed:
+            weights = {name: state.weights[name] for name in self._names}
+            self._narrowed[client.capacity] = self._cut(broadcast, weights, 1 - client.capacity)
+        return self._narrowed[client.capacity]
+
+    @override
+    @torch.no_grad()
+    def to_effective_(self, weights: dict[str, Tensor], capacity: float | None = None) -> None:
+        if capacity is not None:
+            mine = {name: weights[name] for name in self._names}
+            for name, mask in largest_weights(mine, 1 - capacity, layer_floor=self.layer_floor).items():
+                mine[name].mul_(mask)
+
+    @override
+    def on_server_round_end(self, state: ServerState, server_round: ServerRound) -> ServerState:
+        self._broadcast, self._narrowed = None, {}
+        masks = {name: state.weights[name] != 0 for name in self._names}
+        state.set_masks(masks)
+        excess = DensityExcess()
+        excess.update(masks, self.target(Progress(server_round.index + 1, server_round.total)))
+        server_round.metrics["density_excess"] = float(excess.compute())
+        return state
+
+    @override
+    def upload_rule(self, state: ServerState, server_round: ServerRound) -> UploadRule | None:
+        total = sum(state.weights[name].numel() for name in self._names)
+        sparsity = self.target(Progress(server_round.index + 1, server_round.total))
+        # weights that are not reparametrized may return, at most as many as a client keeps
+        return UploadRule(absent="zero", extra_values=total - round(sparsity * total))

@@ -1,0 +1,180 @@
+r"""Submodels of the largest weights: their thresholds, the factor of their gradient, and their transform.
+
+The formulas, and where they come from, are in :mod:`lightning_fedsparse.callbacks.importance_masking`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from lightning_fedsparse.effective import Transform, Weights
+from lightning_fedsparse.masks import importance_masks, importance_threshold, top_masks
+from lightning_fedsparse.ranking import kth_largest, magnitudes_of
+
+__all__ = [
+    "ImportanceTransform",
+    "extraction_groups",
+    "importance_factor",
+    "submodel_masks",
+    "submodel_thresholds",
+]
+
+
+@torch.no_grad()
+def importance_factor(weight: Tensor, threshold: float) -> Tensor:
+    """``1 + 2 |w| theta / (|w| + theta)^2``: what the gradient at a kept weight is multiplied by, in [1, 1.5].
+
+    Args:
+        weight: Stored weights, any shape.
+        threshold: theta, at least 0; where it and the weight are 0 the factor is 1.
+
+    Example:
+        >>> importance_factor(torch.tensor([0.5, 1.0, -2.0]), 0.5)
+        tensor([1.5000, 1.4444, 1.3200])
+    """
+    if threshold == 0:
+        return torch.ones_like(weight)
+    # as a share of (0, 1), whose square can't underflow where |w| is tiny
+    share = weight.abs() / (weight.abs() + threshold)
+    return share.mul_(1 - share).mul_(2).add_(1)
+
+
+def extraction_groups(
+    names: Sequence[str], groups: Sequence[Sequence[str]] = (), *, per_tensor: bool = False
+) -> list[list[str]]:
+    """Sort parameters into groups that share a threshold.
+
+    Args:
+        names: Names of the masked parameters.
+        groups: For each group globs of names; none for one group of all, or one of each.
+        per_tensor: Without ``groups``: whether each parameter is its own group.
+
+    Raises:
+        ValueError: If a group matches nothing, or a parameter belongs to no group or to several.
+    """
+    if not groups:
+        return [[name] for name in names] if per_tensor else [list(names)]
+    members = [[name for name in names if any(fnmatchcase(name, glob) for glob in globs)] for globs in groups]
+    for globs, group in zip(groups, members, strict=True):
+        if not group:
+            raise ValueError(f"expected groups that match masked parameters, got {list(globs)}, which matches none")
+    for name in names:
+        if (count := sum(name in group for group in members)) != 1:
+            raise ValueError(f"expected every masked parameter in one group, got {name!r} in {count}")
+    return members
+
+
+@torch.no_grad()
+def submodel_thresholds(
+    weights: Mapping[str, Tensor], groups: Sequence[Sequence[str]], capacity: float, *, layer_floor: float = 0.0
+) -> dict[str, float]:
+    """Threshold of every tensor in the submodel of a capacity.
+
+    Each group keeps its ``k = max(1, floor(capacity * n))`` largest weights. With a floor every tensor first keeps its own
+    ``max(1, floor(layer_floor * size))`` largest, and the rest of the ``k`` are the group's largest others; a tensor that
+    has no more than its floor gets a lower threshold of its own.
+
+    Args:
+        weights: Weights by name: all of them, or zeros in place of those that this very submodel does not hold.
+        groups: Names that share a threshold, each name in one group.
+        capacity: Share of each group to keep, in (0, 1].
+        layer_floor: Share of each tensor to keep at least, in [0, 1).
+
+    Raises:
+        ValueError: If a group's floors together are more than its ``k``.
+    """
+    thresholds: dict[str, float] = {}
+    for group in groups:
+        members = {name: weights[name] for name in group}
+        if layer_floor == 0:
+            thresholds |= dict.fromkeys(members, importance_threshold(members, capacity))
+        else:
+            thresholds |= _floored_thresholds(members, capacity, layer_floor)
+    return thresholds
+
+
+def submodel_masks(weights: Mapping[str, Tensor], thresholds: Mapping[str, float]) -> dict[str, Tensor]:
+    """Bool masks of ``|w| >= theta``, each tensor by its own threshold."""
+    return {name: importance_masks({name: weight}, thresholds[name])[name] for name, weight in weights.items()}
+
+
+class ImportanceTransform(Transform):
+    """Keep the weights of a fixed mask that are above their threshold now.
+
+    Args:
+        masks: Bool tensors (True = held) by parameter name, None where everything is held.
+        thresholds: theta of every parameter, fixed until :meth:`set`.
+        corrects: Whether gradients get :func:`importance_factor`.
+    """
+
+    order = 1
+
+    def __init__(
+        self, masks: Mapping[str, Tensor | None], thresholds: Mapping[str, float], *, corrects: bool = True
+    ) -> None:
+        super().__init__(list(thresholds))
+        self.set(masks, thresholds)
+        self._corrects = corrects
+
+    def set(self, masks: Mapping[str, Tensor | None], thresholds: Mapping[str, float]) -> None:
+        """Replace masks and thresholds of the same names; to be called inside ``EffectiveWeights.stored``."""
+        self._masks = dict(masks)
+        self._thresholds = dict(thresholds)
+
+    def apply_(self, weights: Weights) -> None:
+        """Zero the weights that are not held, or below the threshold."""
+        for name, weight in weights.items():
+            if not self._holds_all(name):
+                weight.masked_fill_(self._cut(name, weight), 0)
+
+    def chain_(self, gradients: Weights, stored: Weights, effective: Weights) -> None:
+        """Zero the gradients there, and multiply the others by the factor."""
+        for name, gradient in gradients.items():
+            if not self._holds_all(name):
+                if self._corrects:
+                    gradient.mul_(importance_factor(stored[name], self._thresholds[name]))
+                gradient.masked_fill_(self._cut(name, stored[name]), 0)
+
+    def after_step_(self, weights: Weights, before: Weights) -> None:
+        """Put weights that are not held back where they were: momentum and weight decay have moved them."""
+        for name, weight in weights.items():
+            mask = self._mask(name, weight)
+            if mask is not None:
+                weight.copy_(torch.where(mask, weight, before[name]))
+
+    def _holds_all(self, name: str) -> bool:
+        return self._masks[name] is None and self._thresholds[name] == 0
+
+    def _cut(self, name: str, stored: Tensor) -> Tensor:
+        below = stored.abs() < self._thresholds[name]
+        mask = self._mask(name, stored)
+        return below if mask is None else below.logical_or_(~mask)
+
+    def _mask(self, name: str, like: Tensor) -> Tensor | None:
+        mask = self._masks[name]
+        if mask is not None and mask.device != like.device:
+            mask = self._masks[name] = mask.to(like.device)
+        return mask
+
+
+def _floored_thresholds(members: Mapping[str, Tensor], capacity: float, floor: float) -> dict[str, float]:
+    counts = {name: max(1, math.floor(floor * weight.numel())) for name, weight in members.items()}
+    size = sum(weight.numel() for weight in members.values())
+    kept = max(1, math.floor(capacity * size))
+    others = kept - sum(counts.values())
+    if others < 0:
+        raise ValueError(
+            f"expected a layer_floor within the capacity, got layer_floor={floor}, which keeps {sum(counts.values())} of "
+            f"{size} weights, at capacity {capacity}, which keeps {kept}"
+        )
+    floors = top_masks(members, counts)
+    pool = torch.cat(
+        [magnitudes_of(name, weight).masked_fill_(floors[name].reshape(-1), 0) for name, weight in members.items()]
+    )
+    shared = kth_largest(pool, others) if others else math.inf
+    return {name: min(shared, importance_threshold({name: weight}, floor)) for name, weight in members.items()}
