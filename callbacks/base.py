@@ -3,7 +3,7 @@
 A method is a :class:`SparsityCallback`. Its Lightning hooks do the local work and behave the same in a plain
 ``Trainer`` and in a client's round; its client hooks see the round's beginning and end on a client, its server hooks
 run in the main process only. A method that changes the weights that forward and backward use derives from
-:class:`EffectiveWeightCallback` and says *how* by one :class:`~lightning_fedsparse.effective.Transform`; the engine
+:class:`EffectiveWeightCallback` and says *how* by one :class:`~lightning_fedsparse.transforms.Transform`; the engine
 knows *when*.
 """
 
@@ -19,10 +19,11 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_fedsparse.clients import Client
-from lightning_fedsparse.effective import EffectiveWeights, Transform
+from lightning_fedsparse.effective import EffectiveWeights
 from lightning_fedsparse.rounds import ClientRound, ServerRound, UploadRule
 from lightning_fedsparse.schedules import Progress
 from lightning_fedsparse.server import ServerState
+from lightning_fedsparse.transforms import Transform
 from lightning_fedsparse.update import SparseUpdate
 from lightning_fedsparse.value_coding import ValueType
 

@@ -36,12 +36,13 @@ from typing_extensions import override
 from lightning_fedsparse.callbacks.base import EffectiveWeightCallback
 from lightning_fedsparse.capacities import require_capacity
 from lightning_fedsparse.clients import Client
-from lightning_fedsparse.effective import EffectiveWeights, Transform
+from lightning_fedsparse.effective import EffectiveWeights
 from lightning_fedsparse.masks import pack_mask, unpack_mask
 from lightning_fedsparse.prunable import prunable_parameters
 from lightning_fedsparse.rounds import ClientRound, ServerRound, UploadRule
 from lightning_fedsparse.server import ServerState
 from lightning_fedsparse.submodels import ImportanceTransform, extraction_groups, submodel_masks, submodel_thresholds
+from lightning_fedsparse.transforms import Transform
 from lightning_fedsparse.update import MaskSet, SparseUpdate, gather
 from lightning_fedsparse.value_coding import ValueType
 

@@ -26,9 +26,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_fedsparse.callbacks.base import EffectiveWeightCallback
-from lightning_fedsparse.effective import EffectiveWeights, Transform, Weights
+from lightning_fedsparse.effective import EffectiveWeights
 from lightning_fedsparse.prunable import prunable_parameters
 from lightning_fedsparse.schedules import Progress, Schedule
+from lightning_fedsparse.transforms import Transform, Weights
 
 __all__ = ["IncrementalRegularization", "add_norm_gradient_"]
 

@@ -25,12 +25,13 @@ from typing_extensions import override
 
 from lightning_fedsparse.callbacks.base import EffectiveWeightCallback
 from lightning_fedsparse.distributions import erk_sparsities, uniform_sparsities
-from lightning_fedsparse.effective import EffectiveWeights, MaskTransform, Transform
+from lightning_fedsparse.effective import EffectiveWeights
 from lightning_fedsparse.masks import magnitude_masks, pack_mask, unpack_mask
 from lightning_fedsparse.prunable import prunable_parameters
 from lightning_fedsparse.rounds import ClientRound, ServerRound
 from lightning_fedsparse.schedules import Progress, Schedule
 from lightning_fedsparse.server import ServerState
+from lightning_fedsparse.transforms import MaskTransform, Transform
 
 __all__ = ["MagnitudePruning", "scheduled_masks"]
 

@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_fedsparse.callbacks.base import EffectiveWeightCallback
-from lightning_fedsparse.effective import Transform, Weights
 from lightning_fedsparse.powers import power_, power_gradient_, root_, spectral_exponents, truncated_normal_
 from lightning_fedsparse.prunable import prunable_parameters
 from lightning_fedsparse.rounds import ClientRound
 from lightning_fedsparse.seeding import derive_seed
 from lightning_fedsparse.server import ServerState
+from lightning_fedsparse.transforms import Transform, Weights
 
 __all__ = ["Powerpropagation"]
 

@@ -18,6 +18,11 @@ from lightning_fedsparse.ranking import kth_largest
 
 __all__ = ["PrunedActivation", "activation_threshold"]
 
+# prime, so that a sample meets all channels and columns; with ten thousand entries it misses the margin once in a long while
+_STRIDE = 199
+_MARGIN = 1.15
+_LEAST_SAMPLE = 1000
+
 
 @torch.no_grad()
 def activation_threshold(activation: Tensor, density: float) -> float:
@@ -34,9 +39,14 @@ def activation_threshold(activation: Tensor, density: float) -> float:
     # rounded first: 0.05 * 60 is 3.0000000000000004 and means 3
     kept = max(1, math.ceil(round(density * activation.numel(), 6)))
     magnitudes = activation.detach().abs().reshape(-1)
-    if activation.device.type == "cpu":
-        return kth_largest(magnitudes, kept)
-    return float(magnitudes.kthvalue(magnitudes.numel() - kept + 1).values)
+    # a sample says below which bound most entries lie, so that few are ranked: a quarter of the time, and the result is exact
+    sample = magnitudes[::_STRIDE]
+    share = min(1.0, density * _MARGIN)
+    if sample.numel() >= _LEAST_SAMPLE and share < 0.5:
+        candidates = magnitudes[magnitudes >= _kth_largest(sample, math.ceil(share * sample.numel()))]
+        if candidates.numel() >= kept:
+            magnitudes = candidates
+    return _kth_largest(magnitudes, kept)
 
 
 class PrunedActivation:
@@ -79,3 +89,9 @@ class PrunedActivation:
             return self._values.view(self._shape)
         flat = self._values.new_zeros(self._shape.numel())
         return flat.index_put_((self._positions.long(),), self._values).view(self._shape)
+
+
+def _kth_largest(magnitudes: Tensor, k: int) -> float:
+    if magnitudes.device.type == "cpu":
+        return kth_largest(magnitudes, k)
+    return float(magnitudes.kthvalue(magnitudes.numel() - k + 1).values)

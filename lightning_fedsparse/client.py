@@ -87,7 +87,6 @@ class ClientWorker:
         trainer: Keyword arguments of the clients' ``Trainer``.
         wire: How values travel; without loss if None.
         local_buffers: Keep each client's buffers (BatchNorm statistics) on the client instead of sending them.
-        threads: Torch threads during a client's round: part of what makes results repeatable.
     """
 
     def __init__(
@@ -99,7 +98,6 @@ class ClientWorker:
         *,
         wire: Wire | None = None,
         local_buffers: bool = False,
-        threads: int = 1,
     ) -> None:
         self._module = module
         self._data = data
@@ -108,7 +106,6 @@ class ClientWorker:
         self._trainer = dict(trainer)
         self._wire = wire or Wire()
         self._local_buffers = local_buffers
-        self._threads = threads
         self._masks: OrderedDict[str, MaskSet] = OrderedDict()
 
     def hold(self, versions: Iterable[MaskSet]) -> None:
@@ -130,25 +127,20 @@ class ClientWorker:
         callbacks = copy.deepcopy(self._callbacks)
         probe = _Probe()
         client_round = ClientRound(job.index, job.total, job.client_id, job.seed, masks, client.capacity)
-        threads = torch.get_num_threads()
         with isolate_rng(), quiet_lightning():
-            torch.set_num_threads(self._threads)
-            try:
-                _seed_generators(job.seed)
-                trainer = pl.Trainer(**{**QUIET_TRAINER, **self._trainer, "callbacks": [*callbacks, probe]})
-                methods = [callback for callback in callbacks if isinstance(callback, SparsityCallback)]
-                self._start_round(trainer, methods, client_round, job.memory)
-                trainer.fit(self._module, train_dataloaders=client.train_loader(), val_dataloaders=client.val_loader())
-                update = self._make_update(job, masks, client.num_examples, probe.mean_loss(trainer, job))
-                for method in methods:
-                    update = method.on_client_round_end(trainer, self._module, update)
-                payload, read = self._wire.encode_upload(
-                    update, broadcast, reference=masks, seed=derive_seed(job.seed, "upload")
-                )
-                for method in methods:
-                    method.on_client_upload(trainer, self._module, read)
-            finally:
-                torch.set_num_threads(threads)
+            _seed_generators(job.seed)
+            trainer = pl.Trainer(**{**QUIET_TRAINER, **self._trainer, "callbacks": [*callbacks, probe]})
+            methods = [callback for callback in callbacks if isinstance(callback, SparsityCallback)]
+            self._start_round(trainer, methods, client_round, job.memory)
+            trainer.fit(self._module, train_dataloaders=client.train_loader(), val_dataloaders=client.val_loader())
+            update = self._make_update(job, masks, client.num_examples, probe.mean_loss(trainer, job))
+            for method in methods:
+                update = method.on_client_round_end(trainer, self._module, update)
+            payload, read = self._wire.encode_upload(
+                update, broadcast, reference=masks, seed=derive_seed(job.seed, "upload")
+            )
+            for method in methods:
+                method.on_client_upload(trainer, self._module, read)
         memory = {method.state_key: state for method in methods if (state := method.client_state_dict())}
         if self._local_buffers:
             memory[_BUFFERS] = {name: tensor.clone() for name, tensor in self._buffers().items()}

@@ -30,8 +30,7 @@ class Federation:
     def state_dict(self) -> dict[str, Any]:
         """Everything, as tensors and primitives."""
         return {
-            "weights": self.state.weights,
-            "buffers": self.state.buffers,
+            "state_dict": self.state.tensors,
             "masks": pack_masks(self.state.masks),
             "methods": self.state.methods,
             "optimizer": self.optimizer.state_dict(),
@@ -45,15 +44,18 @@ class Federation:
         Raises:
             ValueError: If it is of another model, naming the first tensor that differs.
         """
-        expected = {name: tuple(tensor.shape) for name, tensor in self.state.weights.items()}
-        found = {name: tuple(tensor.shape) for name, tensor in saved["weights"].items()}
+        tensors = saved["state_dict"]
+        expected = {name: tuple(tensor.shape) for name, tensor in self.state.tensors.items()}
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         if expected != found:
             name = min(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
             raise ValueError(
                 f"expected a checkpoint of this model, got another's: {name!r} has shape {expected.get(name)} in the "
                 f"model and {found.get(name)} in the checkpoint"
             )
-        self.state = ServerState(saved["weights"], saved["buffers"], unpack_masks(saved["masks"]), saved["methods"])
+        weights = {name: tensors[name] for name in self.state.weights}
+        buffers = {name: tensors[name] for name in self.state.buffers}
+        self.state = ServerState(weights, buffers, unpack_masks(saved["masks"]), saved["methods"])
         self.optimizer.load_state_dict(self.state, saved["optimizer"])
         self.broadcaster.load_state_dict(saved["broadcaster"])
         self.memories = saved["memories"]

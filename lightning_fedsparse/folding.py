@@ -1,6 +1,6 @@
 """From stored weights to a servable model.
 
-A checkpoint of a plain Trainer holds the stored weights and the callbacks' state. Folding applies what the state says
+A checkpoint, of a plain Trainer or of a federation, holds the stored weights and the callbacks' state. Folding applies what the state says
 (``"exponents"`` of weights that are powers of the stored ones, then ``"masks"``, then magnitude ``"thresholds"``), so that
 the plain model computes what training computed, without any callback.
 """
@@ -36,7 +36,7 @@ def fold(module: Module) -> Module:
 
 @torch.no_grad()
 def load_folded(checkpoint: str | Path | Mapping[str, Any], module: Module) -> Module:
-    """Load a Trainer's checkpoint into a plain module, with effective weights.
+    """Load a checkpoint of a Trainer or of a federation into a plain module, with effective weights.
 
     Args:
         checkpoint: Path of a checkpoint, or its content.

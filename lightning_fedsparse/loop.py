@@ -17,14 +17,13 @@ Steps 3 to 5 are the client's (:mod:`lightning_fedsparse.client`): what crosses 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
@@ -46,22 +45,11 @@ from lightning_fedsparse.rounds import ServerRound, UploadRule
 from lightning_fedsparse.sampling import UniformSampling
 from lightning_fedsparse.seeding import derive_seed
 from lightning_fedsparse.server import OptimizerFactory, ServerOptimizer, ServerState
+from lightning_fedsparse.tally import RoundTally
 from lightning_fedsparse.update import SparseUpdate
 from lightning_fedsparse.wire import Wire
 
 __all__ = ["FederatedLoop"]
-
-
-@dataclass
-class _Tally:
-    """What one round counts as it goes."""
-
-    returned: int = 0
-    down: dict[str, Traffic] = field(default_factory=dict)
-    up: dict[str, Traffic] = field(default_factory=dict)
-    loss_sum: float = 0.0
-    loss_examples: int = 0
-    failures: dict[str, str] = field(default_factory=dict)
 
 
 class FederatedLoop:
@@ -85,7 +73,7 @@ class FederatedLoop:
             its own and the global ones stay as they were initialized; ``"recalibrate"``, averaged, then BatchNorm
             statistics measured anew with the aggregated weights over the cohort's training data.
         seed: All randomness follows from (seed, round, client).
-        threads: Torch threads during a client's round; part of what makes results repeatable to the bit.
+        threads: Torch threads of the run; part of what makes results repeatable to the bit.
         checkpoint_every: Rounds between checkpoints; one is written at the end in any case.
         default_root_dir: Run folder for ``history.jsonl`` and ``checkpoints/``; nothing is written if None.
         console: Show a progress bar, one row per round and a closing summary.
@@ -173,10 +161,12 @@ class FederatedLoop:
         self._start(model, data)
         done = self._restore(ckpt_path)
         console = self.console
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
         try:
             console.start(self.history)
             if not self.history:
-                self._record(done, _Tally(), {}, time.perf_counter())
+                self._record(done, RoundTally(), {}, time.perf_counter())
             for index in range(done, self.rounds):
                 self._round(index)
         except (KeyboardInterrupt, SystemExit) as stop:
@@ -184,6 +174,7 @@ class FederatedLoop:
             console.interrupted(self.folder.saved)
             raise KeyboardInterrupt from stop
         finally:
+            torch.set_num_threads(threads)
             console.stop()
             self._load_global()
         console.summary(self.history)
@@ -206,7 +197,7 @@ class FederatedLoop:
 
     def _round(self, index: int) -> None:
         started = time.perf_counter()
-        tally = _Tally()
+        tally = RoundTally()
         server_round = ServerRound(index, self.rounds, derive_seed(self.seed, "server", index))
         rule = self._upload_rule(server_round)
         cohort = self._sample(index)
@@ -226,7 +217,7 @@ class FederatedLoop:
             self._data.client_ids, self.clients_per_round, seed=self.seed, round_index=index
         )
 
-    def _broadcast(self, index: int, cohort: Sequence[str], tally: _Tally) -> Iterator[ClientJob]:
+    def _broadcast(self, index: int, cohort: Sequence[str], tally: RoundTally) -> Iterator[ClientJob]:
         broadcaster = self._federation.broadcaster
         clients = [self._data.client(client_id) for client_id in cohort]
         broadcaster.start(self._federation.state, clients, self._methods, derive_seed(self.seed, "broadcast", index))
@@ -240,7 +231,7 @@ class FederatedLoop:
             )
 
     def _receive(
-        self, results: Iterable[ClientResult], rule: UploadRule, server_round: ServerRound, tally: _Tally
+        self, results: Iterable[ClientResult], rule: UploadRule, server_round: ServerRound, tally: RoundTally
     ) -> Iterator[SparseUpdate]:
         state = self._federation.state
         limits = Limits.for_tensors(state.tensors)
@@ -259,15 +250,12 @@ class FederatedLoop:
                 continue
             tally.up[result.client_id] = Traffic.of(result.payload, update, reference=support, dense=dense)
             update = self.wire.read_upload(update, state.weights, rule)
-            loss = update.metrics.get("train_loss", math.nan)
-            if math.isfinite(loss):  # a client's word, and JSON has no NaN
-                tally.loss_sum += loss * update.num_examples
-                tally.loss_examples += update.num_examples
+            tally.add_loss(update)
             for method in self._methods:
                 method.on_server_receive(state, server_round, update)
             yield update
 
-    def _aggregate(self, updates: Iterable[SparseUpdate], rule: UploadRule, tally: _Tally) -> dict[str, Tensor]:
+    def _aggregate(self, updates: Iterable[SparseUpdate], rule: UploadRule, tally: RoundTally) -> dict[str, Tensor]:
         aggregator = self.aggregator or (MaskedMean() if rule.absent == "unheld" else WeightedMean())
         aggregator.start(self._federation.state.tensors)
         for update in updates:
@@ -287,34 +275,17 @@ class FederatedLoop:
             self._recalibrate()
             self._federation.state.buffers = ServerState.of(self._model).buffers
 
-    def _record(self, done: int, tally: _Tally, metrics: Mapping[str, float], started: float) -> None:
-        state = self._federation.state
-        last = self.history[-1] if self.history else None
+    def _record(self, done: int, tally: RoundTally, metrics: Mapping[str, float], started: float) -> None:
         evaluated = {}
         if self._evaluator.is_due(done, self.rounds):
             evaluated = self._evaluator.run(self._load_submodel)
-        down, up = Traffic.sum(tally.down.values()), Traffic.sum(tally.up.values())
-        clients = {name: self.wire.transfer(name, sent, tally.up.get(name)) for name, sent in tally.down.items()}
-        record = RoundRecord(
-            round=done,
-            clients_sampled=len(tally.down),
-            clients_returned=tally.returned,
-            clients_failed=len(tally.failures),
-            train_loss=tally.loss_sum / tally.loss_examples if tally.loss_examples else None,
-            sparsity=state.prunable_sparsity,
-            bytes_down=down.total,
-            bytes_up=up.total,
-            total_bytes_down=down.total + (last.total_bytes_down if last else 0),
-            total_bytes_up=up.total + (last.total_bytes_up if last else 0),
-            dense_bytes_down=down.dense,
-            dense_bytes_up=up.dense,
+        record = tally.record(
+            done,
+            last=self.history[-1] if self.history else None,
+            sparsity=self._federation.state.prunable_sparsity,
             seconds=time.perf_counter() - started,
             metrics={**metrics, **evaluated},
-            failures=tally.failures,
-            traffic_down=down,
-            traffic_up=up,
-            transfer_seconds=max((c.transfer_seconds for c in clients.values() if c.transfer_seconds), default=None),
-            clients=clients,
+            wire=self.wire,
         )
         self.history.append(record)
         self.folder.append(record)
@@ -322,7 +293,9 @@ class FederatedLoop:
             logger.log_metrics(record.scalars, step=done)
         self.console.row(record)
         if done > 0 and (done % self.checkpoint_every == 0 or done == self.rounds):
-            self.folder.save({"round": done, **self._federation.state_dict()})
+            # under the names of a Trainer's checkpoint, so that load_folded reads both
+            callbacks = {method.state_key: method.state_dict() for method in self._methods}
+            self.folder.save({"round": done, "callbacks": callbacks, **self._federation.state_dict()})
 
     def _load_global(self, capacity: float | None = None) -> None:
         """Write the global model, or its submodel of a capacity, into the user's module as forward uses it."""
@@ -368,7 +341,6 @@ class FederatedLoop:
             self.trainer,
             wire=self.wire,
             local_buffers=self.buffers == "local",
-            threads=self.threads,
         )
         for position, method in enumerate(self._methods):
             seed = derive_seed(self.seed, "method", position)

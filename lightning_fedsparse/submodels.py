@@ -12,9 +12,9 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from lightning_fedsparse.effective import Transform, Weights
 from lightning_fedsparse.masks import importance_masks, importance_threshold, top_masks
 from lightning_fedsparse.ranking import kth_largest, magnitudes_of
+from lightning_fedsparse.transforms import Transform, Weights
 
 __all__ = [
     "ImportanceTransform",

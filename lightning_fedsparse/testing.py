@@ -130,7 +130,8 @@ def check_state_loads_with_weights_only(factory: Factory, folder: Path) -> None:
         _require(fresh.state_key == one.state_key, f"one state key, got {one.state_key!r} and {fresh.state_key!r}")
         if one.state_key in states:
             fresh.load_state_dict(states[one.state_key])
-            _require_equal(fresh.state_dict(), one.state_dict(), f"the loaded state of {type(one).__name__}")
+            # as saved and not as it is by now: the end of fit may have folded what it describes
+            _require_equal(fresh.state_dict(), states[one.state_key], f"the loaded state of {type(one).__name__}")
 
 
 def check_leaves_no_trace(factory: Factory, folder: Path) -> None:

@@ -68,6 +68,22 @@ def test_the_largest_survive_and_nothing_else(values: list[float], density: floa
         assert float(x[gone].abs().max()) < float(x[found != 0].abs().min())
 
 
+@pytest.mark.parametrize("density", [0.001, 0.05, 0.3, 0.434, 0.6])
+@pytest.mark.parametrize("kind", ["normal", "relu", "sorted", "bfloat16", "stripes", "few"])
+def test_thresholds_of_large_activations_are_exact(kind: str, density: float) -> None:
+    x = torch.randn(250_000, generator=torch.Generator().manual_seed(1))
+    x = {
+        "normal": x,
+        "relu": x.relu(),
+        "sorted": x.sort().values,
+        "bfloat16": x.bfloat16(),
+        "stripes": x * (torch.arange(250_000) % 199 > 0),  # what the sample sees is all zero
+        "few": x.round(),
+    }[kind]
+    kept = -(-round(density * 250_000 * 1000) // 1000)
+    assert activation_threshold(x, density) == float(x.abs().sort(descending=True).values[kept - 1])
+
+
 def test_bytes() -> None:
     x = torch.randn(40, 50)
     sparse = PrunedActivation(x, activation_threshold(x, 0.05))

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from lightning_fedsparse.callbacks import ErrorFeedback, IncrementalRegularization, MagnitudePruning
-from lightning_fedsparse.effective import EffectiveWeights, MaskTransform
+from lightning_fedsparse.effective import EffectiveWeights
 from lightning_fedsparse.schedules import ConstantSchedule, LinearSchedule, StaircaseSchedule
+from lightning_fedsparse.transforms import MaskTransform
 from tests.effective_reference import (
     WEIGHTS,
     Net,

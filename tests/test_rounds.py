@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_fedsparse import FederatedDataModule, FederatedLoop
+from lightning_fedsparse import FederatedDataModule, FederatedLoop, load_folded
 from lightning_fedsparse.callbacks import MagnitudePruning, SparsityCallback, feddip
 from lightning_fedsparse.client import ClientWorker
 from lightning_fedsparse.evaluation import Evaluation
@@ -329,3 +329,30 @@ def test_default_evaluation_without_validation_data_is_said_once():
     with pytest.warns(UserWarning, match="the global model is not evaluated: .* there is no validation data"):
         loop, _ = run(2, evaluation=Evaluation())
     assert loop.history[-1].metrics == {}
+
+
+def test_a_federations_checkpoint_loads_as_a_plain_model(tmp_path):
+    _, model = run(3, feddip(sparsity=0.8, initial_sparsity=0.4, reconfigure_every=1), default_root_dir=tmp_path)
+    plain = load_folded(tmp_path / "checkpoints" / "last.ckpt", Net())
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in plain.state_dict().items())
+
+
+def test_threads_are_as_asked_for_during_the_run_and_as_before_after_it():
+    seen = []
+
+    class Count(SparsityCallback):
+        def on_server_round_end(self, state, server_round):
+            seen.append(torch.get_num_threads())
+            return state
+
+    before = torch.get_num_threads()
+    run(1, [Count()], threads=2)
+    assert (seen, torch.get_num_threads()) == ([2], before)
+
+
+def test_dense_uploads_of_nested_masks_change_bytes_and_nothing_else():
+    options = {"sparsity": 0.8, "initial_sparsity": 0.3, "reconfigure_every": 2, "regrow": "nested"}
+    masked, first = run(5, feddip(**options, upload="masked"))
+    dense, second = run(5, feddip(**options, upload="dense"))
+    assert all(torch.equal(tensor, second.state_dict()[name]) for name, tensor in first.state_dict().items())
+    assert masked.history[-1].total_bytes_up < dense.history[-1].total_bytes_up

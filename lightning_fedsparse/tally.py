@@ -1,0 +1,75 @@
+"""What one round counts as it goes, and the record made of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lightning_fedsparse.accounting import Traffic
+from lightning_fedsparse.records import RoundRecord
+from lightning_fedsparse.update import SparseUpdate
+from lightning_fedsparse.wire import Wire
+
+__all__ = ["RoundTally"]
+
+
+@dataclass
+class RoundTally:
+    """Counts of one round.
+
+    Args:
+        returned: Clients whose update was merged.
+        down: Broadcasts by client id.
+        up: Uploads by client id, refused ones included.
+        failures: Why clients failed, by client id.
+    """
+
+    returned: int = 0
+    down: dict[str, Traffic] = field(default_factory=dict)
+    up: dict[str, Traffic] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+    _loss_sum: float = 0.0
+    _loss_examples: int = 0
+
+    def add_loss(self, update: SparseUpdate) -> None:
+        """Take in the training loss that a client reports, if it reports a finite one."""
+        loss = update.metrics.get("train_loss", math.nan)
+        if math.isfinite(loss):  # a client's word, and JSON has no NaN
+            self._loss_sum += loss * update.num_examples
+            self._loss_examples += update.num_examples
+
+    def record(
+        self,
+        done: int,
+        *,
+        last: RoundRecord | None,
+        sparsity: float,
+        seconds: float,
+        metrics: Mapping[str, float],
+        wire: Wire,
+    ) -> RoundRecord:
+        """The round's record, totals continued from the last one."""
+        down, up = Traffic.sum(self.down.values()), Traffic.sum(self.up.values())
+        clients = {name: wire.transfer(name, sent, self.up.get(name)) for name, sent in self.down.items()}
+        return RoundRecord(
+            round=done,
+            clients_sampled=len(self.down),
+            clients_returned=self.returned,
+            clients_failed=len(self.failures),
+            train_loss=self._loss_sum / self._loss_examples if self._loss_examples else None,
+            sparsity=sparsity,
+            bytes_down=down.total,
+            bytes_up=up.total,
+            total_bytes_down=down.total + (last.total_bytes_down if last else 0),
+            total_bytes_up=up.total + (last.total_bytes_up if last else 0),
+            dense_bytes_down=down.dense,
+            dense_bytes_up=up.dense,
+            seconds=seconds,
+            metrics=dict(metrics),
+            failures=self.failures,
+            traffic_down=down,
+            traffic_up=up,
+            transfer_seconds=max((c.transfer_seconds for c in clients.values() if c.transfer_seconds), default=None),
+            clients=clients,
+        )

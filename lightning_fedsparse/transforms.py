@@ -1,0 +1,85 @@
+"""The steps from stored to effective weights, and back for the gradient; the engine in ``effective.py`` knows when."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["MaskTransform", "Transform", "Weights"]
+
+Weights = Mapping[str, Tensor]
+
+
+class Transform(ABC):
+    """One step between stored and effective weights, over the weights named ``names``.
+
+    ``order`` fixes the place in the chain whatever the order of the callbacks: reparametrizations (0) see the stored
+    weight, masks (1) come next, and penalties (2), which change no weight, see the effective one.
+    """
+
+    order: ClassVar[int]
+    changes_weights: ClassVar[bool] = True
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = frozenset(names)
+
+    @abstractmethod
+    def apply_(self, weights: Weights) -> None:
+        """Turn weights into effective weights in place; called under ``no_grad`` with a subset of ``names``."""
+
+    @abstractmethod
+    def chain_(self, gradients: Weights, stored: Weights, effective: Weights) -> None:
+        """Bring gradients back through this step in place; all three mappings have the same keys."""
+
+    def after_step_(self, weights: Weights, before: Weights) -> None:  # noqa: B027  # optional
+        """Correct what an optimizer's step made of stored weights, in place; ``before`` holds them as they were."""
+
+    def folded(self) -> None:  # noqa: B027  # optional
+        """The effect was written into the stored weights for good: what must not act twice ends here."""
+
+
+class MaskTransform(Transform):
+    """``w_eff = w * m``; the gradient is ``g * m``, or ``g`` when ``straight_through`` is set.
+
+    Straight through is dynamic pruning with (error) feedback: the dense gradient at the pruned weights updates the
+    stored weights, so a pruned weight keeps learning and can come back (Lin et al., "Dynamic Model Pruning with
+    Feedback", ICLR 2020).
+
+    Args:
+        masks: Bool tensors (True = kept) by parameter name.
+    """
+
+    order = 1
+
+    def __init__(self, masks: Weights) -> None:
+        super().__init__(list(masks))
+        self.straight_through = False
+        self._factors = dict(masks)
+
+    def set(self, masks: Weights) -> None:
+        """Replace the masks of the same names. Call it inside :meth:`EffectiveWeights.stored`."""
+        if masks.keys() != self._factors.keys():
+            raise ValueError(f"expected masks for {sorted(self._factors)}, got {sorted(masks)}")
+        self._factors = dict(masks)
+
+    def apply_(self, weights: Weights) -> None:
+        """Multiply weights by their masks."""
+        if weights:
+            torch._foreach_mul_(list(weights.values()), self._like(weights))
+
+    def chain_(self, gradients: Weights, stored: Weights, effective: Weights) -> None:
+        """Multiply gradients by the masks, unless straight through."""
+        if gradients and not self.straight_through:
+            torch._foreach_mul_(list(gradients.values()), self._like(gradients))
+
+    def _like(self, tensors: Weights) -> list[Tensor]:
+        # a float factor of the tensor's own dtype multiplies several times faster than a bool mask does
+        for name, tensor in tensors.items():
+            factor = self._factors[name]
+            if factor.dtype != tensor.dtype or factor.device != tensor.device:
+                self._factors[name] = factor.to(tensor)
+        return [self._factors[name] for name in tensors]
