@@ -144,17 +144,24 @@ def draw(path: Path) -> None:
 
     figure, axes = pyplot.subplots(1, 3, figsize=(13, 3.8), constrained_layout=True)
     labels = {"dense": "dense FedAvg", "feddip90": "FedDIP, 0.90", "feddip95": "FedDIP, 0.95"}
+    colors = dict(zip(labels, ("tab:blue", "tab:orange", "tab:green"), strict=True))
     for axis, where, title in ((axes[0], "iid", "iid"), (axes[1], "dirichlet", "Dirichlet(0.5)")):
         for method, label in labels.items():
             for history in [*histories(where, method).values()][:1]:
                 rounds = [record.round for record in history[1:]]
-                axis.plot(rounds, [100 * record.metrics["test_accuracy"] for record in history[1:]], label=label, lw=1)
+                axis.plot(
+                    rounds,
+                    [100 * record.metrics["test_accuracy"] for record in history[1:]],
+                    label=label,
+                    color=colors[method],
+                    lw=1,
+                )
         axis.set(title=f"{title}, seed 0", xlabel="round", ylabel="test accuracy, %", ylim=(60, 92))
         axis.grid(alpha=0.3)
     for method, label in labels.items():
         for history in [*histories("iid", method).values()][:1]:
             sent = [(record.bytes_up + record.bytes_down) / 1e6 for record in history[1:]]
-            axes[2].plot(range(1, len(sent) + 1), sent, label=label, lw=1)
+            axes[2].plot(range(1, len(sent) + 1), sent, label=label, color=colors[method], lw=1)
     axes[2].set(title="iid, seed 0: both ways, five clients", xlabel="round", ylabel="MB per round", ylim=(0, None))
     axes[2].grid(alpha=0.3)
     axes[0].legend(loc="lower right")
