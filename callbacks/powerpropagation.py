@@ -34,6 +34,7 @@ from lightning_fedsparse.rounds import ClientRound
 from lightning_fedsparse.seeding import derive_seed
 from lightning_fedsparse.server import ServerState
 from lightning_fedsparse.transforms import Transform, Weights
+from lightning_fedsparse.value_coding import ValueType
 
 __all__ = ["Powerpropagation"]
 
@@ -188,6 +189,12 @@ class Powerpropagation(EffectiveWeightCallback):
         self._names = list(prunable_parameters(pl_module, self.include, exclude=self.exclude))
         self._to_stored_(state.weights, self._names, seed)
         return state
+
+    @override
+    def refuses_values(self, *, uploads: ValueType, broadcasts: ValueType) -> str | None:
+        if broadcasts not in ("int8", "int4"):
+            return None
+        return "a small weight that is rounded to zero can't return, as zero gets no gradient"
 
     @override
     def to_effective_(self, weights: dict[str, Tensor], capacity: float | None = None) -> None:

@@ -6,25 +6,32 @@ With client weights :math:`\rho_c`, values :math:`v_c` and holders :math:`H_i` (
 
 .. math:: \sum_c \rho_c v_{c,i} / \sum_c \rho_c \qquad \sum_{c \in H_i} \rho_c v_{c,i} / \sum_{c \in H_i} \rho_c
 
-For deltas this mean is added to the template. Sums are float64 and made in the order in which updates come: that order
-decides the last bits of a result. Memory is that of the model, whatever the cohort: an update is added and forgotten.
-While all updates share the support of a tensor, its sum has only the size of that support and one weight stands for all
-coordinates, which is several times cheaper than a weight per coordinate.
+For deltas this mean is added to the template. Sums are made in the order in which updates come: that order decides the
+last bits of a result. Memory is that of the model, whatever the cohort: an update is added and forgotten. While all
+updates share the support of a tensor, its sum has only the size of that support and one weight stands for all coordinates,
+which is several times cheaper than a weight per coordinate.
+
+Sums in float32 take half the memory and two thirds of the time of sums in float64, and err by about the square root of the
+number of clients times 6e-8 of a value instead of 1e-16. Buffers are summed in float64 in any case.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_fedsparse.update import Absent, Kind, SparseUpdate
-from lightning_fedsparse.weighted_sum import WeightedSum, flat64
+from lightning_fedsparse.weighted_sum import WeightedSum
 
-__all__ = ["Aggregator", "MaskedMean", "WeightedMean"]
+__all__ = ["Aggregator", "MaskedMean", "SumType", "WeightedMean"]
+
+SumType = Literal["float32", "float64"]
+
+_CHUNK = 2**16  # entries that are merged at a time: what is made on the way stays in cache
 
 
 class Aggregator(ABC):
@@ -36,7 +43,7 @@ class Aggregator(ABC):
 
         Args:
             template: The server's tensors as the clients got them, parameters and buffers together. They are read
-                until the last :meth:`result` of the round, and never written.
+                until :meth:`result`, and never written.
         """
 
     @abstractmethod
@@ -49,7 +56,7 @@ class Aggregator(ABC):
 
     @abstractmethod
     def result(self) -> dict[str, Tensor]:
-        """New tensors of the template's names, shapes and dtypes; a copy of the template where no update says more.
+        """End the round: new tensors of the template's names, shapes and dtypes, as they are where no update says more.
 
         Raises:
             ValueError: If no update was added, or their weights sum to zero.
@@ -59,16 +66,19 @@ class Aggregator(ABC):
 class _Mean(Aggregator):
     """What both means share: everything but the weights and what becomes of coordinates that not all clients hold."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: SumType = "float64") -> None:
+        if dtype not in get_args(SumType):
+            raise ValueError(f"expected dtype to be one of {get_args(SumType)}, got {dtype!r}")
+        self.dtype = dtype
         self._template: Mapping[str, Tensor] | None = None
         self._kind: Kind | None = None
         self._absent: Absent | None = None
-        self._total = 0.0
+        self._total = 0
         self._parameters: dict[str, WeightedSum] = {}
         self._buffers: dict[str, WeightedSum] = {}
 
     @abstractmethod
-    def _weight(self, update: SparseUpdate) -> float:
+    def _weight(self, update: SparseUpdate) -> int:
         """The update's weight."""
 
     @abstractmethod
@@ -77,16 +87,16 @@ class _Mean(Aggregator):
 
     @abstractmethod
     def _base(self, old: Tensor) -> Tensor:
-        """New values of coordinates that nobody holds, from the old ones of all; may be the same tensor."""
+        """New values of coordinates that nobody holds, from the old ones; may be the same tensor."""
 
     @abstractmethod
-    def _mean(self, old: Tensor, sums: Tensor, held: Tensor | float, total: float) -> Tensor:
-        """Mean over coordinates with these old values, weighted sums and holders' weights."""
+    def _mean(self, old: Tensor, sums: Tensor, held: Tensor | None, total: int) -> Tensor:
+        """Mean over coordinates with these old values and weighted sums; ``held`` of None is the total for all."""
 
     def start(self, template: Mapping[str, Tensor]) -> None:
         self._template = template
         self._kind = self._absent = None
-        self._total = 0.0
+        self._total = 0
         self._parameters = {}
         self._buffers = {}
 
@@ -97,11 +107,15 @@ class _Mean(Aggregator):
         weight = self._weight(update)
         if self._kind is None:
             self._kind, self._absent = update.kind, update.absent
-            self._parameters = {name: WeightedSum(template[name], counting=self._counts(update)) for name in where}
+            dtype = getattr(torch, self.dtype)
+            counting = self._counts(update)
+            self._parameters = {name: WeightedSum(template[name], counting=counting, dtype=dtype) for name in where}
         for name, positions in where.items():
             self._parameters[name].add(update.values[name], positions, weight)
         for name, buffer in update.buffers.items():
-            self._buffers.setdefault(name, WeightedSum(template[name], counting=False)).add(buffer, None, weight)
+            if name not in self._buffers:
+                self._buffers[name] = WeightedSum(template[name], counting=False, dtype=torch.float64)
+            self._buffers[name].add(buffer, None, weight)
         self._total += weight
 
     @torch.no_grad()
@@ -114,22 +128,37 @@ class _Mean(Aggregator):
         new = {}
         for name, tensor in template.items():
             if name in self._parameters:
-                new[name] = self._merge(tensor, self._parameters[name])
+                # taken out, so that sums and results are not all there at once
+                new[name] = self._merge(tensor, self._parameters.pop(name))
             elif name in self._buffers and self._buffers[name].weight > 0:
                 total = self._buffers[name]
-                new[name] = _like(tensor, total.sums / total.weight)
+                new[name] = _like(tensor, _cast(total.sums / total.weight, tensor))
             else:
                 new[name] = tensor.detach().clone()
+        self._template = None
         return new
 
     def _merge(self, tensor: Tensor, total: WeightedSum) -> Tensor:
-        old = flat64(tensor)
-        where, sums, held = total.holders()
-        before = old if where is None else old[where]
-        mean = self._mean(before, sums, held, total.weight)
-        if self._kind == "delta":
-            mean = mean + before
-        return _like(tensor, mean if where is None else self._base(old).index_copy_(0, where, mean))
+        old = tensor.detach().reshape(-1)
+        held = total.held()
+        if total.support is not None:
+            new = self._base(old).clone()
+        else:
+            # the sums' own memory where it fits: every chunk is read before it is written
+            new = total.sums if total.sums.dtype == tensor.dtype else torch.empty_like(old)
+        for start in range(0, len(total.sums), _CHUNK):
+            chunk = slice(start, start + _CHUNK)
+            where = chunk if total.support is None else total.support[chunk]
+            sums, before = total.sums[chunk], old[where].to(total.sums.dtype)
+            weights = None if held is None else held[chunk]
+            mean = self._mean(before, sums, weights, total.weight)
+            if self._kind == "delta":
+                mean = mean + before
+            if not total.shared:
+                somebodys = sums != 0 if weights is None else weights != 0
+                mean = torch.where(somebodys, mean, self._base(before))
+            new[where] = _cast(mean, tensor)
+        return _like(tensor, new)
 
     def _started(self) -> Mapping[str, Tensor]:
         if self._template is None:
@@ -176,6 +205,9 @@ class WeightedMean(_Mean):
     else keeps its bits. ``"unheld"`` has no place here: use :class:`MaskedMean`. Buffers are averaged over the clients
     that send them, with the same weights; integer ones are truncated towards zero.
 
+    Args:
+        dtype: Of the sums of parameters.
+
     B. McMahan, E. Moore, D. Ramage, S. Hampson and B. Agüera y Arcas, "Communication-Efficient Learning of Deep
     Networks from Decentralized Data", AISTATS 2017, https://arxiv.org/abs/1602.05629.
 
@@ -188,10 +220,10 @@ class WeightedMean(_Mean):
         {'w': tensor([4., 9.])}
     """
 
-    def _weight(self, update: SparseUpdate) -> float:
+    def _weight(self, update: SparseUpdate) -> int:
         if update.absent == "unheld":
             raise ValueError("expected absent 'zero' or 'unchanged', got 'unheld': MaskedMean averages over holders")
-        return float(update.num_examples)
+        return update.num_examples
 
     def _counts(self, update: SparseUpdate) -> bool:
         return update.kind == "weights" and update.absent == "unchanged"
@@ -199,9 +231,9 @@ class WeightedMean(_Mean):
     def _base(self, old: Tensor) -> Tensor:
         return torch.zeros_like(old) if self._kind == "weights" and self._absent == "zero" else old
 
-    def _mean(self, old: Tensor, sums: Tensor, held: Tensor | float, total: float) -> Tensor:
-        # a float is the total itself: all clients hold these coordinates, or it makes no difference who does
-        return sums / total if isinstance(held, float) else (sums + (total - held) * old) / total
+    def _mean(self, old: Tensor, sums: Tensor, held: Tensor | None, total: int) -> Tensor:
+        # without weights of their own all clients hold these coordinates, or it makes no difference who does
+        return sums / total if held is None else (sums + (total - held) * old) / total
 
 
 class MaskedMean(_Mean):
@@ -213,6 +245,7 @@ class MaskedMean(_Mean):
 
     Args:
         weighting: ``"uniform"`` (every holder counts once) or ``"examples"`` (by ``num_examples``).
+        dtype: Of the sums of parameters.
 
     Example:
         >>> mean = MaskedMean()
@@ -223,14 +256,14 @@ class MaskedMean(_Mean):
         {'w': tensor([2., 5., 9.])}
     """
 
-    def __init__(self, weighting: Literal["uniform", "examples"] = "uniform") -> None:
+    def __init__(self, weighting: Literal["uniform", "examples"] = "uniform", *, dtype: SumType = "float64") -> None:
         if weighting not in ("uniform", "examples"):
             raise ValueError(f"expected weighting 'uniform' or 'examples', got {weighting!r}")
-        super().__init__()
+        super().__init__(dtype)
         self.weighting = weighting
 
-    def _weight(self, update: SparseUpdate) -> float:
-        return 1.0 if self.weighting == "uniform" else float(update.num_examples)
+    def _weight(self, update: SparseUpdate) -> int:
+        return 1 if self.weighting == "uniform" else update.num_examples
 
     def _counts(self, update: SparseUpdate) -> bool:
         return True
@@ -238,11 +271,17 @@ class MaskedMean(_Mean):
     def _base(self, old: Tensor) -> Tensor:
         return old
 
-    def _mean(self, old: Tensor, sums: Tensor, held: Tensor | float, total: float) -> Tensor:
-        return sums / held
+    def _mean(self, old: Tensor, sums: Tensor, held: Tensor | None, total: int) -> Tensor:
+        return sums / (total if held is None else held)
+
+
+def _cast(elements: Tensor, tensor: Tensor) -> Tensor:
+    """Elements of a tensor's dtype; integers are truncated."""
+    return (elements if tensor.is_floating_point() else elements.trunc()).to(tensor.dtype)
 
 
 def _like(tensor: Tensor, flat: Tensor) -> Tensor:
-    """A new tensor of the same shape, dtype and memory layout from float64 elements; integers are truncated."""
-    exact = flat if tensor.is_floating_point() else flat.trunc()
-    return torch.empty_like(tensor.detach()).copy_(exact.reshape(tensor.shape))
+    """These elements, in row-major order, in the shape and memory layout of a tensor."""
+    if tensor.is_contiguous():
+        return flat.reshape(tensor.shape)
+    return torch.empty_like(tensor.detach()).copy_(flat.reshape(tensor.shape))

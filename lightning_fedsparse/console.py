@@ -14,6 +14,7 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from lightning_fedsparse.accounting import Traffic
 from lightning_fedsparse.records import RoundRecord
 
 __all__ = ["Console"]
@@ -163,6 +164,14 @@ def _cost(history: Sequence[RoundRecord]) -> list[tuple[str, str]]:
         ("sent up", _against_dense(up, dense_up)),
         ("both ways", _against_dense(down + up, dense_down + dense_up)),
     ]
+    counted = [(record.traffic_down, record.traffic_up) for record in history if record.traffic_down]
+    # records of earlier versions do not say what their bytes were
+    if len(counted) == len(history):
+        both = Traffic.sum(traffic for pair in counted for traffic in pair if traffic is not None)
+        lines.append(("of these", _parts(both)))
+    transfers = [record.transfer_seconds for record in history if record.transfer_seconds is not None]
+    if transfers:
+        lines.append(("transfer", f"{_duration(sum(transfers))} on the clients' links, the slowest of each round"))
     failed = sum(record.clients_failed for record in history)
     if failed:
         sampled = sum(record.clients_sampled for record in history)
@@ -175,6 +184,15 @@ def _against_dense(measured: int, dense: int) -> str:
         return "nothing"
     ratio = f"{dense / measured:.1f}x less" if measured <= dense else f"{measured / dense:.2f}x more"
     return f"{decimal(measured)}, as raw dense tensors {decimal(dense)}: {ratio}"
+
+
+def _parts(both: Traffic) -> str:
+    if not both.total:
+        return "nothing"
+    shares = ", ".join(
+        f"{name} {100 * getattr(both, name) / both.total:.1f} %" for name in ("positions", "values", "header")
+    )
+    return f"{shares}; {both.total / max(1, both.bound):.3f}x the entropy bound of the masks with raw values"
 
 
 def _metric(name: str, value: float | None) -> str:

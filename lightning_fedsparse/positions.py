@@ -133,6 +133,8 @@ def unpack_gaps(section: memoryview, count: int, universe: int, what: str) -> Po
     if universe >> shift == 0:
         raise PayloadError(f"the gaps of {what} are shifted by {shift} bits, too many for {universe} entries")
     planes = [reader.take((count + 7) // 8, f"the positions of {what}") for _ in range(shift)]
+    if count % 8 and any(plane[-1] & (0xFF >> count % 8) for plane in planes):
+        raise PayloadError(f"the bit planes of {what} do not end with the last gap")
     coarse = universe >> shift
     packed = reader.take(reader.left, what)
     # how many coarse steps were skipped up to each number
@@ -205,10 +207,11 @@ class _Gaps:
 
     def _in_unary(self) -> bytes:
         """The whole coding with the gaps' high parts in unary, at the shift where that is shortest."""
-        # one bit more of shift costs a bit per gap and saves what it halves; near log2 of the mean gap it is a wash
+        # one bit more of shift costs a bit per gap and halves the rest; the best is near log2 of the mean gap
+        count = len(self.gaps)
         sizes = {
-            shift: len(self.gaps) * (shift + 1) + int((self.gaps >> shift).sum())
-            for shift in range(max(0, self.shift), self.shift + 7)
+            shift: shift * -(-count // 8) + -(-(count + int((self.gaps >> shift).sum(dtype=np.int64))) // 8)
+            for shift in range(self.shift + 7)
         }
         shift = min(sizes, key=lambda shift: sizes[shift])
         ones = np.cumsum((self.gaps >> shift) + 1, dtype=np.int64) - 1

@@ -34,9 +34,9 @@ class RoundTally:
 
     def add_loss(self, update: SparseUpdate) -> None:
         """Take in the training loss that a client reports, if it reports a finite one."""
-        loss = update.metrics.get("train_loss", math.nan)
-        if math.isfinite(loss):  # a client's word, and JSON has no NaN
-            self._loss_sum += loss * update.num_examples
+        loss_sum = self._loss_sum + update.metrics.get("train_loss", math.nan) * update.num_examples
+        if math.isfinite(loss_sum):  # a client's word, and JSON has no NaN
+            self._loss_sum = loss_sum
             self._loss_examples += update.num_examples
 
     def record(

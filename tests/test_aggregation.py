@@ -258,8 +258,9 @@ def test_update_may_be_overwritten_once_added():
         mean.add(SparseUpdate(values, {"w": None, "v": None}, num_examples=3))
     for value in values.values():
         value.fill_(float("nan"))
-    assert mean.result()["w"].tolist() == [1.0, 2.0]
-    assert mean.result()["v"].tolist() == [1.0, 1.0]
+    new = mean.result()
+    assert new["w"].tolist() == [1.0, 2.0]
+    assert new["v"].tolist() == [1.0, 1.0]
 
 
 def test_updates_are_not_kept():
@@ -331,3 +332,127 @@ def test_total_weight_of_zero(aggregator):
 def test_unknown_weighting():
     with pytest.raises(ValueError, match="expected weighting 'uniform' or 'examples', got 'examplse'"):
         MaskedMean("examplse")
+
+
+# who holds what
+
+
+def counted_by_hand(updates, size):
+    """Sums and holders' weights in float64, entry by entry."""
+    sums, held = np.zeros(size), np.zeros(size)
+    for update in updates:
+        mask = np.ones(size, bool) if update.masks["w"] is None else update.masks["w"].numpy()
+        full = np.zeros(size)
+        full[mask] = update.values["w"].numpy()
+        sums += update.num_examples * full
+        held += update.num_examples * mask
+    return sums, held
+
+
+@settings(deadline=None, max_examples=80)
+@given(st.data())
+def test_nested_and_many_supports_are_counted_right(data):
+    size = 200
+    importance = np.random.default_rng(data.draw(st.integers(0, 2**32))).random(size)
+    masks = [None if level == 10 else torch.from_numpy(importance < level / 10) for level in range(11)]
+    picks = data.draw(st.lists(st.integers(0, 10), min_size=1, max_size=30))
+    generator = torch.Generator().manual_seed(len(picks))
+    updates = []
+    for number, pick in enumerate(picks):
+        # half of the masks are equal and not the same object
+        mask = masks[pick] if masks[pick] is None or number % 2 else masks[pick].clone()
+        value = torch.randn(size if mask is None else int(mask.sum()), generator=generator)
+        examples = data.draw(st.sampled_from([0, 1, 7, 2**31 - 5]))
+        updates.append(SparseUpdate({"w": value}, {"w": mask}, num_examples=examples, absent="unheld"))
+    sums, held = counted_by_hand(updates, size)
+    template = {"w": torch.randn(size, generator=generator, dtype=torch.float64)}
+    if sum(update.num_examples for update in updates) == 0:
+        return
+    new = merge(MaskedMean("examples"), template, *updates)["w"].numpy()
+    expected = np.where(held > 0, sums / np.maximum(held, 1), template["w"].numpy())
+    np.testing.assert_allclose(new, expected, rtol=1e-9, atol=1e-9)
+    assert np.array_equal(new[held == 0], template["w"].numpy()[held == 0])
+
+
+@pytest.mark.parametrize("aggregator", [WeightedMean(dtype="float32"), MaskedMean("examples", dtype="float32")])
+def test_sums_in_float32(aggregator):
+    generator = torch.Generator().manual_seed(0)
+    template = {"w": torch.randn(3_000_000, generator=generator), "steps": torch.tensor(0)}
+    kept = template["w"].clone()
+    updates = []
+    for examples in (3, 5, 9):
+        masks = MaskSet.of({"w": torch.rand(3_000_000, generator=generator) < 0.1})
+        values = gather({"w": torch.randn(3_000_000, generator=generator)}, masks)
+        # more steps than float32 can count
+        buffers = {"steps": torch.tensor(2**30 + 1)}
+        updates.append(SparseUpdate(values, masks, num_examples=examples, absent="unchanged", buffers=buffers))
+    new = merge(aggregator, template, *updates)
+    exact = merge(type(aggregator)(**({"weighting": "examples"} if isinstance(aggregator, MaskedMean) else {})),
+                  template, *updates)  # fmt: skip
+    assert new["w"].dtype == torch.float32
+    assert (new["w"] - exact["w"]).abs().max() < 1e-5
+    assert new["steps"].item() == 2**30 + 1
+    assert torch.equal(template["w"], kept)
+    nobody = ~(updates[0].masks["w"] | updates[1].masks["w"] | updates[2].masks["w"])
+    if isinstance(aggregator, MaskedMean):
+        assert torch.equal(bits(new["w"])[nobody], bits(kept)[nobody])
+
+
+def test_negative_zeros_that_nobody_holds_keep_their_sign():
+    template = {"w": torch.tensor([-0.0, -0.0, 1.0])}
+    updates = [masked([1.0], [False, False, True], kind="delta"), masked([1.0], [False, True, False], kind="delta")]
+    for aggregator in (WeightedMean(), WeightedMean(dtype="float32"), MaskedMean()):
+        assert merge(aggregator, template, *updates)["w"][:1].signbit().all()
+
+
+def test_a_result_ends_the_round():
+    mean = WeightedMean()
+    merge(mean, {"w": torch.zeros(1)}, masked([1.0], None))
+    with pytest.raises(ValueError, match=r"expected start\(template\) before"):
+        mean.result()
+
+
+def test_unknown_type_of_sums():
+    with pytest.raises(ValueError, match=r"expected dtype to be one of \('float32', 'float64'\), got 'float16'"):
+        WeightedMean(dtype="float16")
+
+
+@pytest.mark.parametrize("count", [3, 40])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_memory_is_that_of_the_model_whatever_the_cohort(count, dtype):
+    """What is allocated at any time, from torch's own count of it, against sums, counts and one update."""
+    size, kept = 1_000_000, 50_000
+    generator = torch.Generator().manual_seed(0)
+    template = {"w": torch.zeros(size)}
+    mean = MaskedMean("examples", dtype=dtype)
+
+    def update(number):
+        where = torch.randperm(size, generator=generator)[:kept]
+        mask = torch.zeros(size, dtype=torch.bool)
+        mask[where] = True
+        masks = MaskSet(str(number), {"w": mask})
+        masks.positions("w")
+        return SparseUpdate({"w": torch.ones(kept)}, masks, num_examples=number + 1, absent="unheld", kind="delta")
+
+    def whole_round():
+        mean.start(template)
+        for number in range(count):
+            mean.add(update(number))
+        mean.result()
+
+    element = 4 if dtype == "float32" else 8
+    # a model in the sums' own type, a count of the same width, and an update: mask, positions, values
+    allowed = 1.2 * (2 * element * size + size + (8 + element) * kept)
+    # and what making the update by randperm takes here
+    assert peak_of(whole_round) < allowed + peak_of(lambda: update(0))
+
+
+def peak_of(function):
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        function()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak

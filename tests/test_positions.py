@@ -34,13 +34,39 @@ def entropy_bytes(size, density):
 
 
 def test_gaps_bytes():
-    # skipped before each of 2, 3, 10: 2, 0, 6; shift 0
-    assert pack_gaps(np.array([2, 3, 10]), 16) == b"\0" + deflate(bytes([2, 0, 6]))
-    # 300 skipped: 255 and 45, then 0
-    assert pack_gaps(np.array([300, *range(301, 320)]), 400)[1:] == deflate(bytes([255, 45] + [0] * 19))
-    # a mean gap of 500 shifts by 3: 1001 = 125 << 3 | 1 and 5 = 0 << 3 | 5
-    planes = bytes([0b11000000, 0b00000000, 0b01000000])
-    assert pack_gaps(np.array([1001, 1007]), 1023) == b"\3" + planes + deflate(bytes([125, 0]))
+    # skipped before each of 2, 3, 10: 2, 0, 6; in unary 001, 1, 0000001
+    assert pack_gaps(np.array([2, 3, 10]), 16) == bytes([0x80, 0b00110000, 0b00100000])
+    # 12 and 8 shifted by 3: low bits 0 0, 0 0 and 1 0; what is left is 1 and 1, in unary 01, 01
+    section = memoryview(bytes([0x80 | 3, 0, 0, 0b10000000, 0b01010000]))
+    assert unpack_gaps(section, 2, 32, "w").tolist() == [12, 21]
+    # 300 skipped, then 19 times 0: in bytes that is 255, 45, and zeros, which Huffman codes shorten more
+    run = np.array([300, *range(301, 320)])
+    assert pack_gaps(run, 400) in (b"\0" + deflate(bytes([255, 45] + [0] * 19)), _unary_by_hand(run))
+    many = np.flatnonzero(random_mask(100_000, 0.2).numpy())
+    gaps = np.diff(many, prepend=-1) - 1
+    assert pack_gaps(many, 100_000) == b"\0" + deflate(gaps.astype(np.uint8).data)
+
+
+def _unary_by_hand(members):
+    """The shortest unary coding over all shifts, written out bit by bit."""
+    gaps = [later - earlier - 1 for earlier, later in zip([-1, *members], members, strict=False)]
+
+    def packed(bits):
+        bits += "0" * (-len(bits) % 8)
+        return bytes(int(bits[i : i + 8], 2) for i in range(0, len(bits), 8))
+
+    def coded(shift):
+        planes = b"".join(packed("".join(str(gap >> bit & 1) for gap in gaps)) for bit in range(shift))
+        return bytes([0x80 | shift]) + planes + packed("".join("0" * (gap >> shift) + "1" for gap in gaps))
+
+    return min((coded(shift) for shift in range(20)), key=len)
+
+
+@pytest.mark.parametrize("members", [[5], [0], [0, 1, 2, 3], [999], [3, 17, 18, 400, 999], list(range(7, 1000, 31))])
+def test_short_lists_of_gaps_are_in_the_shortest_unary_coding(members):
+    section = pack_gaps(np.array(members), 1000)
+    assert len(section) <= len(_unary_by_hand(members))
+    assert unpack_gaps(memoryview(section), len(members), 1000, "w").tolist() == members
 
 
 def test_bitmap_bytes():
@@ -160,7 +186,13 @@ def test_choice_is_the_smallest_within_a_percent(mask):
         (GAPS, b"\0", 8, 0, "has no positions but 1 bytes of them"),
         (GAPS, b"", 8, 2, "the positions of 'w' needs 1 bytes but 0 are left"),
         (GAPS, b"\4" + deflate(b"\1\1"), 8, 2, "shifted by 4 bits, too many for 8 entries"),
-        (GAPS, b"\xff" + deflate(b"\1\1"), 8, 2, "shifted by 255 bits, too many for 8 entries"),
+        (GAPS, b"\xff" + deflate(b"\1\1"), 8, 2, "shifted by 127 bits, too many for 8 entries"),
+        (GAPS, b"\x80\x40", 8, 2, "hold 1 gaps, not 2"),
+        (GAPS, b"\x80\xe0", 8, 2, "hold 3 gaps, not 2"),
+        (GAPS, b"\x80", 8, 2, "hold 0 gaps, not 2"),
+        (GAPS, b"\x80\xc0\0", 8, 2, "do not end with the last"),
+        (GAPS, b"\x80\x00\x81", 8, 2, "reach beyond its 8 entries|reach 16"),
+        (GAPS, b"\x81\x20\xc0", 8, 2, "the bit planes of 'w' do not end with the last gap"),
         (GAPS, b"\0" + deflate(b"\1\1\1"), 8, 2, "expands to more than the 2 bytes that it can hold"),
         (GAPS, b"\0" + deflate(b"\1"), 8, 2, "hold 1 gaps, not 2"),
         (GAPS, b"\0" + deflate(b"\1\1\xff"), 1000, 2, "end within one"),

@@ -50,7 +50,7 @@ def test_zero_fractions_of_four_weights() -> None:
 
 def test_the_effective_sparsity_is_logged_once_while_it_stays() -> None:
     # the masks never move after step 0; feedback keeps the stored weights dense all the while
-    pruning = MagnitudePruning(ConstantSchedule(0.25), every=1000, include=["first.weight"])
+    pruning = MagnitudePruning(ConstantSchedule(0.25), every=1000, end=1.0, include=["first.weight"])
     rows = logged([pruning, ErrorFeedback(), SparsityMonitor()], max_epochs=3)
     first, *later = rows
     assert first.keys() == NAMES
@@ -61,7 +61,7 @@ def test_the_effective_sparsity_is_logged_once_while_it_stays() -> None:
 
 
 def test_what_changes_is_logged_again() -> None:
-    pruning = MagnitudePruning(LinearSchedule(0.25, 0.75), every=5, include=["first.weight"])
+    pruning = MagnitudePruning(LinearSchedule(0.25, 0.75), every=5, end=1.0, include=["first.weight"])
     rows = logged([pruning, ErrorFeedback(), SparsityMonitor()], max_epochs=3)
     # masks of steps 0, 5 and 10; the last epoch ends after the final pruning
     assert [row["sparsity/first.weight"] for row in rows] == pytest.approx([12 / 48, 20 / 48, 36 / 48])
@@ -70,7 +70,7 @@ def test_what_changes_is_logged_again() -> None:
 
 @pytest.mark.parametrize("position", [0, 1, 2])
 def test_the_place_in_the_list_does_not_matter_in_a_trainer(position: int) -> None:
-    callbacks: list[pl.Callback] = [MagnitudePruning(LinearSchedule(0.25, 0.75), every=5), ErrorFeedback()]
+    callbacks: list[pl.Callback] = [MagnitudePruning(LinearSchedule(0.25, 0.75), every=5, end=1.0), ErrorFeedback()]
     callbacks.insert(position, SparsityMonitor())
     assert [row["sparsity"] for row in logged(callbacks)] == pytest.approx([18 / 72, 54 / 72])
 
@@ -91,7 +91,7 @@ def test_a_second_fit_logs_again() -> None:
 
 
 def test_other_callbacks_can_monitor_it(tmp_path: Path) -> None:
-    pruning = MagnitudePruning(LinearSchedule(0.25, 0.75), every=5)
+    pruning = MagnitudePruning(LinearSchedule(0.25, 0.75), every=5, end=1.0)
     saver = ModelCheckpoint(tmp_path, monitor="sparsity", mode="max")
     quiet_trainer([pruning, SparsityMonitor(), saver], enable_checkpointing=True).fit(seeded(Net), loader())
     assert saver.best_model_score == pytest.approx(0.75)

@@ -135,6 +135,28 @@ def table(where: str, methods: Sequence[str]) -> list[str]:
     return lines
 
 
+def closer_look(where: str, methods: Sequence[str]) -> list[str]:
+    """Losses at the end, and what moving the masks costs in the round that moves them; seed 0."""
+    lines = [
+        "| method | training loss, round 200 | test loss, round 200 | accuracy of rounds 141-200 that moved masks / others, % |",
+        "|---|---|---|---|",
+    ]
+    for method in methods:
+        for history in [*histories(where, method).values()][:1]:
+            late = history[141:]
+            moved, others = (
+                100
+                * statistics.mean(
+                    record.metrics["test_accuracy"] for record in late if (record.round % 5 == 0) is moves
+                )
+                for moves in (True, False)
+            )
+            last = history[-1]
+            losses = f"{last.train_loss:.3f} | {last.metrics['test_loss']:.3f}"
+            lines.append(f"| {method} | {losses} | {moved:.2f} / {others:.2f} |")
+    return lines
+
+
 def draw(path: Path) -> None:
     """Accuracy by round and bytes by round, seed 0."""
     import matplotlib
@@ -177,6 +199,7 @@ def report() -> None:
         "iid": table("iid", MAIN),
         "dirichlet": table("dirichlet", MAIN),
         "options": table("iid", ("feddip95", *others)),
+        "look": closer_look("iid", (*MAIN, "feddip95-nested")),
     }
     for name, lines in parts.items():
         begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"

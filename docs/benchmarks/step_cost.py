@@ -1,6 +1,7 @@
 """What a pruned training step with error feedback costs: the ratio to the same step without callbacks.
 
-    python docs/benchmarks/step_cost.py
+    python docs/benchmarks/step_cost.py               # all networks
+    python docs/benchmarks/step_cost.py LeNet-5       # one of them
 
 Both variants run in the same Trainer set-up on the same ready batches, interleaved in one process on one thread; the
 figures are medians over the rounds of one run. Only the ratios mean anything on another machine.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -67,7 +69,7 @@ def main() -> None:
         ("AlexNet, 32", AlexNet, (32, 3, 32, 32), 5),
         ("ResNet-18, 32", ResNet18, (32, 3, 32, 32), 3),
     ]
-    for title, network, shape, steps in cases:
+    for title, network, shape, steps in [case for case in cases if not sys.argv[1:] or sys.argv[1] in case[0]]:
         batches = Batches(shape, steps)
         variants = {"plain": list, "pruned": pruning, "penalty": with_penalty}
         times: dict[str, list[float]] = {name: [] for name in variants}
