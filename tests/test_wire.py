@@ -1,0 +1,318 @@
+"""Values rounded on the wire, links, and the accounts of a round, through the loop."""
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+
+from lightning_fedsparse import FederatedLoop
+from lightning_fedsparse.callbacks import (
+    CompressionMemory,
+    ImportanceMasking,
+    Powerpropagation,
+    SparsityCallback,
+    feddip,
+)
+from lightning_fedsparse.client import ClientWorker
+from lightning_fedsparse.payload import decode, encode
+from lightning_fedsparse.records import read_history
+from lightning_fedsparse.wire import Link, Wire
+from tests.test_loop import QUIET, Net, clients, loaders
+
+LOSSY = ["bfloat16", "float16", "int8", "int4"]
+
+
+def run(rounds=1, callbacks=None, *, model=None, **arguments):
+    torch.manual_seed(0)
+    model = model or Net()
+    loop = FederatedLoop(rounds, 4, callbacks, {"max_epochs": 2}, seed=5, evaluation=QUIET, console=False, **arguments)
+    loop.fit(model, loaders(clients()))
+    return loop, model.state_dict()
+
+
+# links
+
+
+def test_seconds_by_eye():
+    # 1 MB is 8 megabits: 4 s up at 2 Mbit/s, 1 s down at 8, and 0.5 s twice
+    assert Link(up_mbps=2, down_mbps=8, latency_ms=500).seconds(bytes_down=10**6, bytes_up=10**6) == pytest.approx(6.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"up_mbps": 0, "down_mbps": 1}, "expected a bandwidth up_mbps above 0 megabits per second, got 0"),
+        ({"up_mbps": 1, "down_mbps": -2.0}, "expected a bandwidth down_mbps above 0 megabits per second, got -2.0"),
+        ({"up_mbps": float("nan"), "down_mbps": 1}, "up_mbps above 0 megabits per second, got nan"),
+        ({"up_mbps": float("inf"), "down_mbps": 1}, "up_mbps above 0 megabits per second, got inf"),
+        ({"up_mbps": 1, "down_mbps": 1, "latency_ms": -1}, "expected latency_ms of at least 0, got -1"),
+    ],
+)
+def test_links_that_can_not_be(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Link(**arguments)
+
+
+def test_bytes_become_seconds_per_client_and_the_slowest_counts():
+    slow = Link(up_mbps=0.1, down_mbps=0.1)
+    loop, _ = run(2, wire=Wire(link=Link(up_mbps=1, down_mbps=10, latency_ms=20), links={"c0": slow, "c1": slow}))
+    assert loop.history[0].transfer_seconds is None
+    for record in loop.history[1:]:
+        for name, client in record.clients.items():
+            expected = 0.04 + 8 * (client.down.total / 10e6 + client.up.total / 1e6)
+            if name in ("c0", "c1"):
+                expected = 8 * (client.down.total + client.up.total) / 0.1e6
+            assert client.transfer_seconds == pytest.approx(expected)
+        assert record.transfer_seconds == max(client.transfer_seconds for client in record.clients.values())
+
+
+def test_links_are_of_clients_that_there_are_and_of_all():
+    fast = Link(up_mbps=1, down_mbps=1)
+    with pytest.raises(ValueError, match="expected links of clients that there are, got one of 'phone'"):
+        run(wire=Wire(link=fast, links={"phone": fast}))
+    with pytest.raises(
+        ValueError, match="expected a link for every client, got none for 'c1': set link for all others"
+    ):
+        run(wire=Wire(links={"c0": fast}))
+
+
+# accounts
+
+
+def test_every_byte_is_accounted_for(tmp_path):
+    logger = CSVLogger(tmp_path / "logs", name="", version="")
+    callbacks = feddip(sparsity=0.8, initial_sparsity=0.4, reconfigure_every=2)
+    loop, _ = run(5, callbacks, default_root_dir=tmp_path / "run", logger=logger)
+    for record in loop.history[1:]:
+        assert len(record.clients) == record.clients_sampled == 4
+        for total, traffic, parts, dense in (
+            (
+                record.bytes_down,
+                record.traffic_down,
+                [c.down for c in record.clients.values()],
+                record.dense_bytes_down,
+            ),
+            (record.bytes_up, record.traffic_up, [c.up for c in record.clients.values()], record.dense_bytes_up),
+        ):
+            assert total == traffic.total == traffic.positions + traffic.values + traffic.header
+            assert traffic.dense == dense
+            for name in ("total", "positions", "values", "header", "dense", "bound"):
+                assert getattr(traffic, name) == sum(getattr(part, name) for part in parts)
+            assert traffic.values <= traffic.bound
+    # nobody holds the first mask; in the second round those who took part in the first know it, and send no positions
+    first, second = loop.history[1:3]
+    assert first.traffic_down.positions > 0
+    assert first.traffic_up.positions == 0
+    assert second.traffic_down.positions < first.traffic_down.positions
+    assert read_history(tmp_path / "run" / "history.jsonl") == loop.history
+    assert loop.history[1].scalars["bound_bytes_up"] == first.traffic_up.bound
+    logger.save()
+    assert "positions_bytes_down" in (tmp_path / "logs" / "metrics.csv").read_text()
+
+
+def test_a_refused_upload_is_counted_and_believed_nothing(monkeypatch):
+    original = ClientWorker.run
+
+    def cut(self, job):
+        result = original(self, job)
+        return type(result)(result.client_id, result.payload[:50], result.memory, result.seconds)
+
+    run_whole, failed = ClientWorker.run, []
+    monkeypatch.setattr(
+        ClientWorker, "run", lambda self, job: cut(self, job) if job.client_id == "c3" else original(self, job)
+    )
+    loop, _ = run(3)
+    failed = [record.clients["c3"].up for record in loop.history if "c3" in record.failures]
+    assert failed
+    assert all((up.total, up.header, up.values, up.bound) == (50, 50, 0, 0) for up in failed)
+    assert run_whole is original
+
+
+def test_closing_summary(capsys):
+    torch.manual_seed(0)
+    loop = FederatedLoop(2, 4, wire=Wire(uploads="int8", link=Link(1, 1, 1000)), evaluation=QUIET)
+    loop.fit(Net(), loaders(clients()))
+    summary = capsys.readouterr().out.split("\n\n")[1]
+    assert "of these" in summary
+    assert "x the entropy bound of the masks with raw values" in summary
+    assert "transfer" in summary
+    assert "4.0 s on the clients' links, the slowest of each round" in summary
+
+
+# rounded values
+
+
+def test_lossless_by_default_to_the_bit():
+    _, plain = run(2, feddip(sparsity=0.7))
+    _, wired = run(2, feddip(sparsity=0.7), wire=Wire(link=Link(1, 1)))
+    assert all(torch.equal(plain[name], wired[name]) for name in plain)
+
+
+@pytest.mark.parametrize(
+    ("value_type", "error"), [("bfloat16", 2**-7), ("float16", 2**-10), ("int8", 1 / 64), ("int4", 0.3)]
+)
+def test_rounded_uploads_change_the_mean_by_a_share_of_the_change(value_type, error):
+    torch.manual_seed(0)
+    before = Net().state_dict()
+    exact_loop, exact = run()
+    loop, rounded = run(wire=Wire(uploads=value_type))
+    for name, tensor in exact.items():
+        change = (tensor - before[name]).abs().max()
+        assert (rounded[name] - tensor).abs().max() <= error * change, name
+        assert torch.equal(rounded[name], tensor) == (
+            name.startswith("norm.") and name not in ("norm.weight", "norm.bias")
+        )
+    assert loop.history[1].traffic_up.values < 0.75 * exact_loop.history[1].traffic_up.values
+    assert loop.history[1].traffic_down == exact_loop.history[1].traffic_down
+
+
+@pytest.mark.parametrize("value_type", LOSSY)
+def test_rounded_broadcasts_are_the_same_for_all_and_the_server_stays_exact(value_type, monkeypatch):
+    received = []
+    original = ClientWorker._load_broadcast
+
+    def spy(self, job):
+        masks = original(self, job)
+        received.append({name: parameter.clone() for name, parameter in self._module.named_parameters()})
+        return masks
+
+    monkeypatch.setattr(ClientWorker, "_load_broadcast", spy)
+    torch.manual_seed(0)
+    start = dict(Net().named_parameters())
+    loop, _ = run(wire=Wire(broadcasts=value_type, uploads="float16"))
+    assert all(torch.equal(one[name], received[0][name]) for one in received for name in one)
+    assert not torch.equal(received[0]["first.weight"], start["first.weight"])
+    assert loop.history[1].traffic_down.values < 0.75 * loop.history[1].traffic_down.bound
+
+
+class Fixed(Net):
+    """Learns nothing: what moves the global weights is the wire alone."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def test_rounding_the_broadcast_moves_no_weight_of_the_server_where_uploads_are_changes():
+    model = Fixed()
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    _, after = run(2, model=model, wire=Wire(broadcasts="int4", uploads="int8"))
+    for name in ("first.weight", "last.weight"):
+        torch.testing.assert_close(after[name], start[name], rtol=0, atol=1e-6)
+
+
+class Constant(SparsityCallback):
+    """Every client 'learns' the same change, a fifth of what int4 can say beside the largest."""
+
+    def on_client_round_end(self, trainer, pl_module, update):
+        for name, parameter in pl_module.named_parameters():
+            if name == "first.weight":
+                step = torch.full_like(parameter, 3e-3)
+                step[0, 0] = 0.1
+                parameter.data += step
+                update.values[name].add_(step.view(update.values[name].shape))
+        return update
+
+
+def test_the_rounding_error_stays_in_the_clients_memory_and_is_sent_later():
+    torch.manual_seed(0)
+    start = Net().state_dict()["first.weight"]
+    rounds = 12
+
+    def drift(*memory):
+        torch.manual_seed(0)
+        loop = FederatedLoop(
+            rounds, 6, [Constant(), *memory], {"max_epochs": 1}, seed=5, evaluation=QUIET, console=False,
+            wire=Wire(uploads="int4", block=None),
+        )  # fmt: skip
+        model = Fixed()
+        loop.fit(model, loaders(clients()))
+        return loop, (model.first.weight.detach() - start).flatten()[1:]
+
+    loop, with_memory = drift(CompressionMemory())
+    _, without = drift()
+    # what a perfect wire would have moved, less what is still in the clients' memories
+    memories = {name: next(iter(memory.values())) for name, memory in loop._federation.memories.items()}
+    sizes = {name: len(part) for name, part in clients().items()}
+    kept = sum(sizes[name] * memory["residual"]["first.weight"] for name, memory in memories.items())
+    kept = kept / sum(sizes.values())
+    torch.testing.assert_close(with_memory + kept.flatten()[1:], torch.full((127,), rounds * 3e-3), rtol=0, atol=2e-5)
+    assert with_memory.std() < 0.7 * without.std()
+
+
+@pytest.mark.parametrize("residual", ["drop", "keep"])
+@pytest.mark.parametrize("regrow", ["candidates", "nested", "dense"])
+def test_feddip_carries_rounded_values(residual, regrow):
+    method = feddip(sparsity=0.7, initial_sparsity=0.3, reconfigure_every=2, residual=residual, regrow=regrow)
+    loop, state = run(5, method, wire=Wire(uploads="int8", broadcasts="bfloat16"))
+    assert all(record.clients_failed == 0 for record in loop.history)
+    for name, mask in loop.state.masks.items():
+        if mask is not None:
+            assert (state[name][~mask] == 0).all()
+            assert state[name].isfinite().all()
+
+
+def test_an_upload_that_did_not_round_is_of_another_kind(monkeypatch):
+    original = ClientWorker.run
+
+    def exact(self, job):
+        result = original(self, job)
+        update = decode(result.payload)
+        update.kind = "weights"
+        return type(result)(result.client_id, encode(update), result.memory, result.seconds)
+
+    monkeypatch.setattr(
+        ClientWorker, "run", lambda self, job: exact(self, job) if job.client_id == "c3" else original(self, job)
+    )
+    loop, _ = run(3, wire=Wire(uploads="int8"))
+    reasons = [record.failures["c3"] for record in loop.history if "c3" in record.failures]
+    assert reasons
+    assert all("expected 'delta' with what is absent 'unchanged', got 'weights'" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"uploads": "int3"}, "expected uploads to be one of .*, got 'int3'"),
+        ({"broadcasts": "double"}, "expected broadcasts to be one of .*, got 'double'"),
+        ({"block": 0}, "expected block to be at least 1, got 0"),
+    ],
+)
+def test_wires_that_can_not_be(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Wire(**arguments)
+
+
+def test_methods_say_what_they_can_not_carry():
+    with pytest.raises(
+        ValueError,
+        match=r"that ImportanceMasking can carry, got uploads='int8' and broadcasts='bfloat16': .* threshold",
+    ):
+        run(callbacks=[ImportanceMasking(0.5)], wire=Wire(uploads="int8", broadcasts="bfloat16"))
+    run(callbacks=[ImportanceMasking(0.5)], wire=Wire(uploads="int8"))
+    with pytest.raises(ValueError, match="that Powerpropagation can carry, .* zero can't return"):
+        run(callbacks=[Powerpropagation()], wire=Wire(broadcasts="int4"))
+    run(callbacks=[Powerpropagation()], wire=Wire(uploads="int4", broadcasts="bfloat16"))
+
+
+# tied parameters
+
+
+class Tied(Net):
+    """Two layers that share one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.norm = nn.Linear(8, 8, bias=False)
+        self.norm.weight = self.first.weight
+        self.last = nn.Linear(8, 3)
+
+
+def test_tied_parameters_travel_and_count_once():
+    loop, state = run(2, model=Tied())
+    assert torch.equal(state["first.weight"], state["norm.weight"])
+    assert list(loop.state.weights) == ["first.weight", "first.bias", "last.weight", "last.bias"]
+    model_bytes = 4 * (64 + 8 + 3 * 8 + 3)
+    record = loop.history[1]
+    assert record.dense_bytes_up == 4 * model_bytes
+    assert record.traffic_up.bound == 4 * model_bytes
