@@ -181,7 +181,7 @@ def _pack_codes(codes: NDArray[np.int8], bits: int) -> bytes:
 
 def _decode_integers(section: memoryview, bits: int, count: int, what: str) -> Tensor:
     reader = Reader(section)
-    block = reader.varint(f"the block of {what}", 2**31) or max(1, count)
+    block = reader.varint(f"the block of {what}", 2**63) or max(1, count)
     blocks = -(-count // block)
     scales = np.frombuffer(reader.take(4 * blocks, f"the scales of {what}"), "<f4").astype(np.float32)
     if not (np.isfinite(scales) & (scales >= 0)).all():
