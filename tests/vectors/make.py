@@ -101,7 +101,9 @@ def vectors():
         "c": normal(65).double(),
         "d": normal(1).half(),
     }
-    rounded["e"] = torch.zeros(300).index_fill_(0, torch.tensor([7, 250]), 0.5)  # few numbers: Huffman codes are shorter
+    rounded["e"] = torch.zeros(300).index_fill_(
+        0, torch.tensor([7, 250]), 0.5
+    )  # few numbers: Huffman codes are shorter
     some = MaskSet.of({"a": random_mask(10, 30, density=0.5), "b": None, "c": None, "d": None, "e": None})
     update = SparseUpdate(gather(rounded, some), some, kind="delta", buffers={"mean": normal(4)})
     for value_type in ("bfloat16", "float16", "int8", "int4"):
