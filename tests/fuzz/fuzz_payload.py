@@ -94,7 +94,9 @@ def check(data: bytes) -> bool:
         assert mask is None or value.shape == (int(mask.sum()),)
         assert value.isfinite().all()
         elements += value.numel() if mask is None else mask.numel()
-    assert elements <= LIMITS.max_elements + sum(mask.numel() for masks in MASKS for mask in masks.values() if mask is not None)
+    assert elements <= LIMITS.max_elements + sum(
+        mask.numel() for masks in MASKS for mask in masks.values() if mask is not None
+    )
     again = encode(update, reference=HELD[held])
     assert described(decode(again, reference=HELD[held])) == found
     try:
@@ -116,7 +118,9 @@ def refused_by_the_other(payload: bytes, held: int, reason: str) -> None:
 def seeds():
     """Name -> input: one for every coding, and hostile ones."""
     for number, masks in enumerate(MASKS, start=1):
-        update = SparseUpdate(gather(PARAMETERS, masks), masks, 5, buffers=BUFFERS, metrics={"loss": 1.0}, mask_id=masks.id)
+        update = SparseUpdate(
+            gather(PARAMETERS, masks), masks, 5, buffers=BUFFERS, metrics={"loss": 1.0}, mask_id=masks.id
+        )
         for held in range(len(HELD)):
             yield f"masks{number}_held{held}", input_of(encode(update, reference=HELD[held]), held)
         for values in ("bfloat16", "float16", "int8", "int4"):
