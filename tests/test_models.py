@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedsparse.datasets import OptdigitsDataModule
-from lightning_fedsparse.models import AlexNet, DigitsCNN, ImageClassifier, LeNet5, ResNet18, SmallCNN
+from lightning_fedsparse.models import AlexNet, DigitsCNN, FedAvgCNN, ImageClassifier, LeNet5, ResNet18, SmallCNN
 
 QUIET = {
     "accelerator": "cpu",
@@ -25,6 +25,7 @@ QUIET = {
     ("network", "image", "classes", "count"),
     [
         (LeNet5, (1, 28, 28), 10, 61_706),
+        (FedAvgCNN, (1, 28, 28), 10, 1_663_370),  # the count that the paper states
         (AlexNet, (3, 32, 32), 10, 23_272_266),
         (ResNet18, (3, 32, 32), 100, 11_220_132),
         (SmallCNN, (3, 32, 32), 10, 1_626_442),
@@ -68,6 +69,21 @@ def test_resnet_layers():
 
 def test_small_cnn_layers():
     assert shapes(SmallCNN(), nn.Conv2d, nn.Linear) == [(32, 3, 3, 3), (64, 32, 3, 3), (128, 12544), (10, 128)]
+
+
+def test_fedavg_cnn_layers():
+    assert shapes(FedAvgCNN(), nn.Conv2d, nn.Linear) == [(32, 1, 5, 5), (64, 32, 5, 5), (512, 3136), (10, 512)]
+
+
+def test_fedavg_cnn_takes_colour_images():
+    model = FedAvgCNN(channels=3, size=32)
+    assert shapes(model, nn.Conv2d, nn.Linear) == [(32, 3, 5, 5), (64, 32, 5, 5), (512, 4096), (10, 512)]
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_fedavg_cnn_needs_pixels_to_pool():
+    with pytest.raises(ValueError, match="^expected a size of at least 4 pixels, for two poolings, got 3$"):
+        FedAvgCNN(size=3)
 
 
 class Pixels(nn.Module):
