@@ -6,7 +6,6 @@ nothing of the server: masks arrive with the broadcast only.
 
 from __future__ import annotations
 
-import copy
 import random
 import time
 from collections import OrderedDict
@@ -21,9 +20,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_fedsparse.callbacks.base import SparsityCallback
+from lightning_fedsparse.clients import Client
 from lightning_fedsparse.data import FederatedDataModule
 from lightning_fedsparse.payload import decode
-from lightning_fedsparse.quiet import QUIET_TRAINER, quiet_lightning
+from lightning_fedsparse.quiet import quiet_lightning
+from lightning_fedsparse.resident import ResidentTrainer
 from lightning_fedsparse.rounds import ClientRound
 from lightning_fedsparse.seeding import derive_seed
 from lightning_fedsparse.update import MaskSet, SparseUpdate, gather, scatter_
@@ -78,7 +79,7 @@ class ClientResult:
 
 
 class ClientWorker:
-    """Runs client rounds one after the other on one resident module.
+    """Runs client rounds one after the other on one resident module and Trainer.
 
     Args:
         module: The user's LightningModule; its weights are overwritten at each round's start.
@@ -87,6 +88,7 @@ class ClientWorker:
         trainer: Keyword arguments of the clients' ``Trainer``.
         wire: How values travel; without loss if None.
         local_buffers: Keep each client's buffers (BatchNorm statistics) on the client instead of sending them.
+        fresh_trainer: Build a new Trainer for every client round.
     """
 
     def __init__(
@@ -98,15 +100,16 @@ class ClientWorker:
         *,
         wire: Wire | None = None,
         local_buffers: bool = False,
+        fresh_trainer: bool = False,
     ) -> None:
         self._module = module
         self._data = data
-        # what the server's own instances gather during the run stays with the server
-        self._callbacks = copy.deepcopy(list(callbacks))
-        self._trainer = dict(trainer)
+        # it copies them now: what the server's own instances gather during the run stays with the server
+        self._trainers = ResidentTrainer(trainer, [*callbacks, _Probe()], fresh=fresh_trainer)
         self._wire = wire or Wire()
         self._local_buffers = local_buffers
         self._masks: OrderedDict[str, MaskSet] = OrderedDict()
+        self._decoded: tuple[bytes, str | None, SparseUpdate] | None = None
 
     def hold(self, versions: Iterable[MaskSet]) -> None:
         """Take mask versions that the clients are known to hold, oldest first."""
@@ -124,16 +127,16 @@ class ClientWorker:
         masks = self._load_broadcast(job)
         broadcast = self._copy_weights() if self._wire.rounds_uploads else {}
         client = self._data.client(job.client_id)
-        callbacks = copy.deepcopy(self._callbacks)
-        probe = _Probe()
         client_round = ClientRound(job.index, job.total, job.client_id, job.seed, masks, client.capacity)
         with isolate_rng(), quiet_lightning():
             _seed_generators(job.seed)
-            trainer = pl.Trainer(**{**QUIET_TRAINER, **self._trainer, "callbacks": [*callbacks, probe]})
+            trainer = self._trainers.next()
+            callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
             methods = [callback for callback in callbacks if isinstance(callback, SparsityCallback)]
             self._start_round(trainer, methods, client_round, job.memory)
-            trainer.fit(self._module, train_dataloaders=client.train_loader(), val_dataloaders=client.val_loader())
-            update = self._make_update(job, masks, client.num_examples, probe.mean_loss(trainer, job))
+            self._fit(trainer, client)
+            loss = next(probe for probe in callbacks if isinstance(probe, _Probe)).mean_loss(trainer, job)
+            update = self._make_update(job, masks, client.num_examples, loss)
             for method in methods:
                 update = method.on_client_round_end(trainer, self._module, update)
             payload, read = self._wire.encode_upload(
@@ -146,9 +149,15 @@ class ClientWorker:
             memory[_BUFFERS] = {name: tensor.clone() for name, tensor in self._buffers().items()}
         return ClientResult(job.client_id, payload, memory, time.perf_counter() - started)
 
+    def _fit(self, trainer: pl.Trainer, client: Client) -> None:
+        try:
+            trainer.fit(self._module, train_dataloaders=client.train_loader(), val_dataloaders=client.val_loader())
+        except BaseException:
+            self._trainers.drop()
+            raise
+
     def _load_broadcast(self, job: ClientJob) -> MaskSet:
-        reference = None if job.reference_id is None else self._masks[job.reference_id]
-        broadcast = decode(job.payload, reference=reference)
+        broadcast = self._decode(job)
         masks = broadcast.masks if isinstance(broadcast.masks, MaskSet) else MaskSet.of(broadcast.masks)
         self.hold([masks])
         while len(self._masks) > job.kept_versions:
@@ -159,6 +168,13 @@ class ClientWorker:
             for name, buffer in self._buffers().items():
                 buffer.copy_(buffers[name])
         return masks
+
+    def _decode(self, job: ClientJob) -> SparseUpdate:
+        # clients of a round that get the same bytes, and hold the same masks, read them once
+        if self._decoded is None or self._decoded[:2] != (job.payload, job.reference_id):
+            reference = None if job.reference_id is None else self._masks[job.reference_id]
+            self._decoded = job.payload, job.reference_id, decode(job.payload, reference=reference)
+        return self._decoded[2]
 
     def _start_round(
         self,

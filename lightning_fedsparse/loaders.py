@@ -6,14 +6,14 @@ are carried over. What cannot be carried over to a subset (an iterable data set,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate
 from torch.utils.data.sampler import RandomSampler, SequentialSampler
 
 from lightning_fedsparse.partition import Indices
@@ -97,7 +97,44 @@ class LoaderSettings:
             arguments["drop_last"] = False
         # plain ints: not every data set takes numpy's, and they are quicker to look up one by one
         subset = Subset(self.dataset, indices.tolist())
+        if arguments["num_workers"] == 0 and not arguments["pin_memory"]:
+            return _InProcessLoader(subset, shuffle=self.shuffle and train, **arguments)
         return DataLoader(subset, shuffle=self.shuffle and train, **arguments)
+
+
+class _InProcessLoader(DataLoader[Any]):
+    """A DataLoader without workers: the same batches in the same order from the same draws, without what workers need.
+
+    Tensors in memory are gathered a batch at a time instead of example by example. For a client of a few batches the
+    DataLoader's own work would be a good part of a round.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        # the seed that a DataLoader draws for its workers here, with or without any; a sampler draws later, when asked
+        torch.empty((), dtype=torch.int64).random_(generator=self.generator)
+        return self._batches(iter(self.batch_sampler))  # type: ignore[arg-type]
+
+    def _batches(self, batches_of_indices: Iterator[list[int]]) -> Iterator[Any]:
+        dataset = self.dataset
+        assert isinstance(dataset, Subset)
+        tensors = _tensors_of(dataset.dataset) if self.collate_fn is default_collate else None
+        if tensors is None:
+            for indices in batches_of_indices:
+                yield self.collate_fn(dataset.__getitems__(indices))
+            return
+        positions = np.asarray(dataset.indices, np.int64)
+        for indices in batches_of_indices:
+            chosen = torch.from_numpy(positions[indices])
+            # a list: what the collate function makes of the tuples of a TensorDataset
+            yield [tensor.index_select(0, chosen) for tensor in tensors]
+
+
+def _tensors_of(dataset: Dataset[Any]) -> Sequence[torch.Tensor] | None:
+    """Tensors whose rows are the examples, if the data set is just that, on the CPU and stored row by row."""
+    if type(dataset) is not TensorDataset:
+        return None
+    plain = all(t.is_contiguous() and t.device.type == "cpu" and not t.requires_grad for t in dataset.tensors)
+    return dataset.tensors if plain else None
 
 
 def class_labels(dataset: Dataset[Any]) -> npt.NDArray[np.generic] | None:

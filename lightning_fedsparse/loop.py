@@ -73,6 +73,8 @@ class FederatedLoop:
             its own and the global ones stay as they were initialized; ``"recalibrate"``, averaged, then BatchNorm
             statistics measured anew with the aggregated weights over the cohort's training data.
         seed: All randomness follows from (seed, round, client).
+        fresh_trainer: Build a new Trainer for every client round, for callbacks that change the Trainer for good; the
+            result is the same, each client round takes about 3 ms longer.
         threads: Torch threads of the run; part of what makes results repeatable to the bit.
         checkpoint_every: Rounds between checkpoints; one is written at the end in any case.
         default_root_dir: Run folder for ``history.jsonl`` and ``checkpoints/``; nothing is written if None.
@@ -97,6 +99,7 @@ class FederatedLoop:
         evaluation: Evaluation | None = None,
         buffers: Literal["average", "local", "recalibrate"] = "average",
         seed: int = 0,
+        fresh_trainer: bool = False,
         threads: int = 1,
         checkpoint_every: int = 1,
         default_root_dir: str | Path | None = None,
@@ -130,6 +133,7 @@ class FederatedLoop:
         self.evaluation = evaluation or Evaluation()
         self.buffers = buffers
         self.seed = seed
+        self.fresh_trainer = fresh_trainer
         self.threads = threads
         self.checkpoint_every = checkpoint_every
         self.folder = RunFolder(default_root_dir)
@@ -341,6 +345,7 @@ class FederatedLoop:
             self.trainer,
             wire=self.wire,
             local_buffers=self.buffers == "local",
+            fresh_trainer=self.fresh_trainer,
         )
         for position, method in enumerate(self._methods):
             seed = derive_seed(self.seed, "method", position)

@@ -44,6 +44,8 @@ METHODS = {
     "feddip95-released": lambda: feddip(
         sparsity=0.95, erk_positions="random_per_client", regrow="nested", upload="dense", lambda_mode="code"
     ),
+    "feddip95-no_penalty": lambda: feddip(sparsity=0.95, lambda_max=0.0),
+    "feddip95-settled": lambda: feddip(sparsity=0.95, end=0.75),
 }
 MAIN = ("dense", "feddip90", "feddip95")
 # in the order in which they are worth having
