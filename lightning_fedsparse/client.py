@@ -10,7 +10,7 @@ import random
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -34,6 +34,8 @@ __all__ = ["KEPT_MASK_VERSIONS", "ClientJob", "ClientResult", "ClientWorker"]
 
 # For each capacity in the cohort; a client that missed more versions gets full positions again.
 KEPT_MASK_VERSIONS = 4
+
+_KEPT_BROADCASTS = 4  # read ones; in a round clients of one capacity mostly get the same
 
 
 @dataclass(frozen=True)
@@ -102,14 +104,19 @@ class ClientWorker:
         local_buffers: bool = False,
         fresh_trainer: bool = False,
     ) -> None:
-        self._module = module
-        self._data = data
+        self.module = module
+        self.data = data
         # it copies them now: what the server's own instances gather during the run stays with the server
         self._trainers = ResidentTrainer(trainer, [*callbacks, _Probe()], fresh=fresh_trainer)
         self._wire = wire or Wire()
         self._local_buffers = local_buffers
         self._masks: OrderedDict[str, MaskSet] = OrderedDict()
-        self._decoded: tuple[bytes, str | None, SparseUpdate] | None = None
+        self._received: OrderedDict[tuple[bytes, str | None], SparseUpdate] = OrderedDict()
+
+    @property
+    def callbacks(self) -> list[pl.Callback]:
+        """The callbacks that every client round gets copies of."""
+        return self._trainers.callbacks
 
     def hold(self, versions: Iterable[MaskSet]) -> None:
         """Take mask versions that the clients are known to hold, oldest first."""
@@ -118,15 +125,37 @@ class ClientWorker:
             self._masks.move_to_end(masks.id)
 
     def run(self, job: ClientJob) -> ClientResult:
-        """Run one client's round.
+        """Run one client's round: :meth:`receive`, then :meth:`train`."""
+        return self.train(job, self.receive(job))
+
+    def receive(self, job: ClientJob) -> SparseUpdate:
+        """Read a broadcast and hold its masks; clients of a round that get the same bytes read them once."""
+        key = job.payload, job.reference_id
+        broadcast = self._received.pop(key, None)
+        if broadcast is None:
+            reference = None if job.reference_id is None else self._masks[job.reference_id]
+            broadcast = decode(job.payload, reference=reference)
+            if not isinstance(broadcast.masks, MaskSet):
+                broadcast = replace(broadcast, masks=MaskSet.of(broadcast.masks))
+        self._received[key] = broadcast
+        while len(self._received) > _KEPT_BROADCASTS:
+            self._received.popitem(last=False)
+        self.hold([_masks_of(broadcast)])
+        while len(self._masks) > job.kept_versions:
+            self._masks.popitem(last=False)
+        return broadcast
+
+    def train(self, job: ClientJob, broadcast: SparseUpdate) -> ClientResult:
+        """Train a client on what it received.
 
         Raises:
             RuntimeError: If the fit took no optimizer step or its loss is not finite.
         """
         started = time.perf_counter()
-        masks = self._load_broadcast(job)
-        broadcast = self._copy_weights() if self._wire.rounds_uploads else {}
-        client = self._data.client(job.client_id)
+        masks = _masks_of(broadcast)
+        self._load(job, broadcast)
+        before = self._copy_weights() if self._wire.rounds_uploads else {}
+        client = self.data.client(job.client_id)
         client_round = ClientRound(job.index, job.total, job.client_id, job.seed, masks, client.capacity)
         with isolate_rng(), quiet_lightning():
             _seed_generators(job.seed)
@@ -138,12 +167,12 @@ class ClientWorker:
             loss = next(probe for probe in callbacks if isinstance(probe, _Probe)).mean_loss(trainer, job)
             update = self._make_update(job, masks, client.num_examples, loss)
             for method in methods:
-                update = method.on_client_round_end(trainer, self._module, update)
+                update = method.on_client_round_end(trainer, self.module, update)
             payload, read = self._wire.encode_upload(
-                update, broadcast, reference=masks, seed=derive_seed(job.seed, "upload")
+                update, before, reference=masks, seed=derive_seed(job.seed, "upload")
             )
             for method in methods:
-                method.on_client_upload(trainer, self._module, read)
+                method.on_client_upload(trainer, self.module, read)
         memory = {method.state_key: state for method in methods if (state := method.client_state_dict())}
         if self._local_buffers:
             memory[_BUFFERS] = {name: tensor.clone() for name, tensor in self._buffers().items()}
@@ -151,30 +180,17 @@ class ClientWorker:
 
     def _fit(self, trainer: pl.Trainer, client: Client) -> None:
         try:
-            trainer.fit(self._module, train_dataloaders=client.train_loader(), val_dataloaders=client.val_loader())
+            trainer.fit(self.module, train_dataloaders=client.train_loader(), val_dataloaders=client.val_loader())
         except BaseException:
             self._trainers.drop()
             raise
 
-    def _load_broadcast(self, job: ClientJob) -> MaskSet:
-        broadcast = self._decode(job)
-        masks = broadcast.masks if isinstance(broadcast.masks, MaskSet) else MaskSet.of(broadcast.masks)
-        self.hold([masks])
-        while len(self._masks) > job.kept_versions:
-            self._masks.popitem(last=False)
-        scatter_(dict(self._module.named_parameters()), broadcast)
+    def _load(self, job: ClientJob, broadcast: SparseUpdate) -> None:
+        scatter_(dict(self.module.named_parameters()), broadcast)
         buffers = job.memory.get(_BUFFERS, broadcast.buffers) if self._local_buffers else broadcast.buffers
         with torch.no_grad():
             for name, buffer in self._buffers().items():
                 buffer.copy_(buffers[name])
-        return masks
-
-    def _decode(self, job: ClientJob) -> SparseUpdate:
-        # clients of a round that get the same bytes, and hold the same masks, read them once
-        if self._decoded is None or self._decoded[:2] != (job.payload, job.reference_id):
-            reference = None if job.reference_id is None else self._masks[job.reference_id]
-            self._decoded = job.payload, job.reference_id, decode(job.payload, reference=reference)
-        return self._decoded[2]
 
     def _start_round(
         self,
@@ -188,11 +204,11 @@ class ClientWorker:
             if method.state_key in memory:
                 method.load_client_state_dict(memory[method.state_key])
         for method in methods:
-            method.on_client_round_start(trainer, self._module, client_round)
+            method.on_client_round_start(trainer, self.module, client_round)
 
     def _make_update(self, job: ClientJob, masks: MaskSet, num_examples: int, loss: float | None) -> SparseUpdate:
         return SparseUpdate(
-            values=gather(dict(self._module.named_parameters()), masks),
+            values=gather(dict(self.module.named_parameters()), masks),
             masks=masks,
             num_examples=num_examples,
             buffers={} if self._local_buffers else {name: b.detach().clone() for name, b in self._buffers().items()},
@@ -201,14 +217,19 @@ class ClientWorker:
         )
 
     def _copy_weights(self) -> dict[str, Tensor]:
-        return {name: parameter.detach().clone() for name, parameter in self._module.named_parameters()}
+        return {name: parameter.detach().clone() for name, parameter in self.module.named_parameters()}
 
     def _buffers(self) -> dict[str, Tensor]:
-        persistent = self._module.state_dict().keys()
-        return {name: buffer for name, buffer in self._module.named_buffers() if name in persistent}
+        persistent = self.module.state_dict().keys()
+        return {name: buffer for name, buffer in self.module.named_buffers() if name in persistent}
 
 
 _BUFFERS = "buffers"
+
+
+def _masks_of(broadcast: SparseUpdate) -> MaskSet:
+    assert isinstance(broadcast.masks, MaskSet), "a broadcast's masks have an id"
+    return broadcast.masks
 
 
 class _Probe(pl.Callback):

@@ -128,6 +128,7 @@ class FederatedLoop:
         self.trainer = arguments
         self.aggregator = aggregator
         self.executor = executor or LocalExecutor()
+        self.executor.check(clients_per_round)
         self.wire = wire or Wire()
         self.loggers = [logger] if isinstance(logger, Logger) else list(logger or [])
         self.evaluation = evaluation or Evaluation()
@@ -178,6 +179,7 @@ class FederatedLoop:
             console.interrupted(self.folder.saved)
             raise KeyboardInterrupt from stop
         finally:
+            self.executor.stop()
             torch.set_num_threads(threads)
             console.stop()
             self._load_global()

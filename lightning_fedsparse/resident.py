@@ -25,13 +25,16 @@ class ResidentTrainer:
         arguments: Keyword arguments of the Trainer but its callbacks, over those that keep it quiet.
         callbacks: Callbacks of the Trainer; each fit gets copies of them as they are now.
         fresh: Build a Trainer for every fit, for callbacks that change the Trainer itself.
+
+    Attributes:
+        callbacks: What every fit gets copies of.
     """
 
     def __init__(
         self, arguments: Mapping[str, Any], callbacks: Sequence[pl.Callback] = (), *, fresh: bool = False
     ) -> None:
         self._arguments = {**QUIET_TRAINER, **arguments}
-        self._callbacks = copy.deepcopy(list(callbacks))
+        self.callbacks = copy.deepcopy(list(callbacks))
         self._fresh = fresh
         self._trainer: pl.Trainer | None = None
         self._accumulate = 1
@@ -39,15 +42,15 @@ class ResidentTrainer:
     def next(self) -> pl.Trainer:
         """The Trainer of the next fit; the one handed out before is not to be used any more."""
         if self._trainer is None or self._fresh:
-            trainer = pl.Trainer(**self._arguments, callbacks=copy.deepcopy(self._callbacks))
+            trainer = pl.Trainer(**self._arguments, callbacks=copy.deepcopy(self.callbacks))
             if not self._fresh:
                 # in the Trainer's order, and with those that it has added by itself (max_time is one)
-                self._callbacks = copy.deepcopy(trainer.callbacks)  # type: ignore[attr-defined]
+                self.callbacks = copy.deepcopy(trainer.callbacks)  # type: ignore[attr-defined]
                 self._accumulate = trainer.accumulate_grad_batches
             self._trainer = trainer
             return trainer
         trainer = self._trainer
-        trainer.callbacks = copy.deepcopy(self._callbacks)  # type: ignore[attr-defined]
+        trainer.callbacks = copy.deepcopy(self.callbacks)  # type: ignore[attr-defined]
         trainer.accumulate_grad_batches = self._accumulate  # a GradientAccumulationScheduler leaves its last value
         old = trainer.fit_loop
         trainer.fit_loop = type(old)(trainer, min_epochs=old.min_epochs, max_epochs=old.max_epochs)
