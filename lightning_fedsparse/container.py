@@ -27,12 +27,14 @@ __all__ = [
     "Header",
     "PositionCoding",
     "Record",
+    "Section",
     "ValueCoding",
     "read_container",
     "write_container",
 ]
 
 T = TypeVar("T")
+Section = bytes | memoryview
 MAGIC = b"\x89FSP"
 VERSION = 1
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -127,11 +129,11 @@ class Header:
     buffers: list[Record] = field(default_factory=list)
 
 
-def write_container(header: Header, sections: list[bytes]) -> bytes:
+def write_container(header: Header, sections: list[Section]) -> bytes:
     """Frame a header and its sections, in the order of the records: positions, then values, of each tensor."""
     plain = _write_header(header)
     packed = deflate(plain, match=True)
-    parts = [_FRONT.pack(MAGIC, VERSION, len(packed), len(plain)), packed, *sections]
+    parts: list[Section] = [_FRONT.pack(MAGIC, VERSION, len(packed), len(plain)), packed, *sections]
     checksum = 0
     for part in parts:
         checksum = zlib.crc32(part, checksum)

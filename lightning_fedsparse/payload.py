@@ -26,6 +26,7 @@ from lightning_fedsparse.container import (
     Header,
     PositionCoding,
     Record,
+    Section,
     ValueCoding,
     read_container,
     write_container,
@@ -102,7 +103,7 @@ def encode(
             raise ValueError(f"expected a seed for the stochastic rounding to {values!r}, got None")
         generator = torch.Generator().manual_seed(seed)
 
-    def code_values(value: Tensor) -> tuple[ValueCoding, bytes]:
+    def code_values(value: Tensor) -> tuple[ValueCoding, Section]:
         if generator is None:
             return encode_values(value)
         return encode_rounded_values(value, values, block=block, generator=generator)
@@ -118,7 +119,7 @@ def encode(
     masks = update.masks if isinstance(update.masks, MaskSet) else MaskSet("", update.masks)
     held = reference is not None and masks is update.masks and masks.id == reference.id
     records: list[Record] = []
-    sections: list[bytes] = []
+    sections: list[Section] = []
     for name in masks:
         record, parts = _encode_tensor(name, update.values[name], masks, reference, code_values, held=held)
         records.append(record)
@@ -209,10 +210,10 @@ def _encode_tensor(
     value: Tensor,
     masks: MaskSet,
     reference: MaskSet | None,
-    code_values: Callable[[Tensor], tuple[ValueCoding, bytes]],
+    code_values: Callable[[Tensor], tuple[ValueCoding, Section]],
     *,
     held: bool,
-) -> tuple[Record, tuple[bytes, bytes]]:
+) -> tuple[Record, tuple[Section, Section]]:
     """One tensor's record and sections; ``held`` says that ``masks`` are known to be those of the reference."""
     if value.dtype not in DTYPES:
         raise ValueError(f"expected {name!r} to have a dtype that a payload can carry, got {value.dtype}")

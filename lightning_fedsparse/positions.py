@@ -190,13 +190,12 @@ class _Gaps:
         self.gaps = gaps
         self.low = _bit_planes(gaps, self.shift)
         high = gaps >> self.shift
-        if high.max() < _ESCAPE:
-            self.high = high.astype(np.uint8)
-        else:
-            escapes = high // _ESCAPE
-            ends = np.cumsum(escapes + 1, dtype=np.int64) - 1
-            self.high = np.full(int(ends[-1]) + 1, _ESCAPE, np.uint8)
-            self.high[ends] = high % _ESCAPE
+        self.high = high.astype(np.uint8)
+        if high.max() >= _ESCAPE:
+            # rare: only these are divided
+            long = np.flatnonzero(high >= _ESCAPE)
+            self.high[long] = high[long] % _ESCAPE
+            self.high = np.insert(self.high, np.repeat(long, high[long] // _ESCAPE), np.uint8(_ESCAPE))
 
     def pack(self) -> bytes:
         if not self.high.size:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_fedsparse.bounded_reading import PayloadError, Reader, deflate, inflate, varint
-from lightning_fedsparse.container import ValueCoding
+from lightning_fedsparse.container import Section, ValueCoding
 from lightning_fedsparse.quantization import LEVELS, dequantize, quantize, round_to_dtype
 
 __all__ = ["LOSSLESS", "VALUE_TYPES", "ValueType", "decode_values", "encode_rounded_values", "encode_values"]
@@ -25,6 +25,7 @@ ValueType = Literal["float32", "bfloat16", "float16", "int8", "int4"]
 VALUE_TYPES: tuple[ValueType, ...] = get_args(ValueType)
 LOSSLESS: ValueType = "float32"
 
+_CHUNK = 2**14  # words that are taken apart or put together at a time: what is made on the way stays in cache
 # below this the code lengths cost more than the exponents save
 _SMALLEST_PLANES = 64
 _CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -43,20 +44,20 @@ _SHORT_FLOATS = {
 _INTEGERS = {"int8": (ValueCoding.INT8, 8), "int4": (ValueCoding.INT4, 4)}
 
 
-def encode_values(values: Tensor) -> tuple[ValueCoding, bytes]:
+def encode_values(values: Tensor) -> tuple[ValueCoding, Section]:
     """Code a tensor's elements in row-major order, without loss, the smaller way."""
     flat = _flat(values)
     words = flat.view(_CARRIERS[flat.element_size()]).numpy()
     if flat.dtype in _IN_PLANES and flat.numel() >= _SMALLEST_PLANES:
         planes = _split_planes(words.view(_IN_PLANES[flat.dtype]))
-        if len(planes) < words.nbytes:
+        if planes is not None:
             return ValueCoding.PLANES, planes
     return ValueCoding.RAW, words.astype(words.dtype.newbyteorder("<"), copy=False).tobytes()
 
 
 def encode_rounded_values(
     values: Tensor, value_type: ValueType, *, block: int | None, generator: torch.Generator
-) -> tuple[ValueCoding, bytes]:
+) -> tuple[ValueCoding, Section]:
     """Round a tensor's elements and code them; without loss where the type takes no fewer bits than they have.
 
     Args:
@@ -72,7 +73,7 @@ def encode_rounded_values(
     if value_type in _SHORT_FLOATS:
         coding, dtype = _SHORT_FLOATS[value_type]
         inner, section = encode_values(round_to_dtype(flat, dtype, generator=generator))
-        return coding, bytes([inner]) + section
+        return coding, b"".join((bytes([inner]), section))
     coding, _ = _INTEGERS[value_type]
     # a block of everything would make an empty tensor's blocks empty too
     codes, scales = quantize(flat, bits=bits, block=block or max(1, len(flat)), generator=generator)
@@ -138,14 +139,28 @@ def _decode_exact(coding: ValueCoding, section: memoryview, count: int, dtype: t
     return torch.from_numpy(words).view(dtype)
 
 
-def _split_planes(words: NDArray[np.unsignedinteger]) -> bytes:
-    size = words.itemsize
-    rotated = words << 1 | words >> (8 * size - 1)
-    exponents = deflate((rotated >> (8 * size - 8)).astype(np.uint8).data)
-    noise = rotated.astype(np.uint8).tobytes()
-    if size == 4:
-        noise = rotated.astype("<u2").tobytes() + (rotated >> 16).astype(np.uint8).tobytes()
-    return noise + exponents
+def _split_planes(words: NDArray[np.unsignedinteger]) -> memoryview | None:
+    """The words in planes; None if that is no shorter."""
+    size, bits = words.itemsize, words.dtype.type
+    noise = (size - 1) * words.size
+    section = np.empty(size * words.size, np.uint8)
+    low, middle = _noise_planes(section[:noise], size)
+    top = np.empty(words.size, np.uint8)
+    for start in range(0, words.size, _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        rotated = words[chunk] << bits(1)
+        rotated |= words[chunk] >> bits(8 * size - 1)
+        low[chunk] = rotated
+        if middle is not None:
+            rotated >>= bits(16)
+            middle[chunk] = rotated
+        rotated >>= bits(8)
+        top[chunk] = rotated
+    exponents = np.frombuffer(deflate(top.data), np.uint8)
+    if exponents.size >= words.size:
+        return None
+    section[noise : noise + exponents.size] = exponents
+    return section[: noise + exponents.size].data
 
 
 def _join_planes(section: memoryview, count: int, size: int, what: str) -> NDArray[np.unsignedinteger]:
@@ -156,17 +171,29 @@ def _join_planes(section: memoryview, count: int, size: int, what: str) -> NDArr
     if len(exponents) != count:
         raise PayloadError(f"{what} has {len(exponents)} exponents for {count} values")
     top = np.frombuffer(exponents, np.uint8)
+    low, middle = _noise_planes(np.frombuffer(section[:noise], np.uint8), size)
+    words: NDArray[np.unsignedinteger] = np.empty(count, np.uint32 if size == 4 else np.uint16)
+    bits = words.dtype.type
+    for start in range(0, count, _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        rotated = top[chunk].astype(bits)
+        if middle is not None:
+            rotated <<= bits(8)
+            rotated |= middle[chunk]
+        rotated <<= bits(8 * low.itemsize)
+        rotated |= low[chunk]
+        np.left_shift(rotated, bits(8 * size - 1), out=words[chunk])
+        rotated >>= bits(1)
+        words[chunk] |= rotated
+    return words
+
+
+def _noise_planes(noise: NDArray[np.uint8], size: int) -> tuple[NDArray[np.unsignedinteger], NDArray[np.uint8] | None]:
+    """The low bytes of all words, two of each where there are four in a word, and then the third ones."""
     if size == 2:
-        short = top.astype(np.uint16)
-        short <<= 8
-        short |= np.frombuffer(section[:noise], np.uint8)
-        return short >> np.uint16(1) | short << np.uint16(15)
-    words = top.astype(np.uint32)
-    words <<= 8
-    words |= np.frombuffer(section[2 * count : noise], np.uint8)
-    words <<= 16
-    words |= np.frombuffer(section[: 2 * count], "<u2")
-    return words >> np.uint32(1) | words << np.uint32(31)
+        return noise, None
+    low, middle = np.split(noise, [len(noise) // 3 * 2])
+    return low.view("<u2"), middle
 
 
 def _pack_codes(codes: NDArray[np.int8], bits: int) -> bytes:
