@@ -142,10 +142,13 @@ class _Mean(Aggregator):
         old = tensor.detach().reshape(-1)
         held = total.held()
         if total.support is not None:
-            new = self._base(old).clone()
+            new = self._base(old)
+            new = new.clone() if new is old else new
+        elif len(old) and total.sums.element_size() >= tensor.element_size():
+            # in the sums' own memory: every chunk is read before it is written, and it is written no further on
+            new = total.sums.view(tensor.dtype)[: len(old)]
         else:
-            # the sums' own memory where it fits: every chunk is read before it is written
-            new = total.sums if total.sums.dtype == tensor.dtype else torch.empty_like(old)
+            new = torch.empty_like(old)
         for start in range(0, len(total.sums), _CHUNK):
             chunk = slice(start, start + _CHUNK)
             where = chunk if total.support is None else total.support[chunk]
