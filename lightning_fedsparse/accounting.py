@@ -10,8 +10,9 @@ payload can lie below this bound.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from torch import Tensor
 
@@ -32,6 +33,8 @@ class Traffic:
         header: All the others; the whole of a payload that was refused.
         dense: As raw dense tensors.
         bound: The least for these masks with raw values; 0 for a payload that was refused.
+        codings: Parameters by how their positions travel (``"dense"``, ``"known"``, ``"changes"``, ``"gaps"``,
+            ``"packed_bitmap"``, ``"bitmap"``), as the encoder chose.
     """
 
     total: int = 0
@@ -40,6 +43,7 @@ class Traffic:
     header: int = 0
     dense: int = 0
     bound: int = 0
+    codings: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, payload: bytes, update: SparseUpdate, *, reference: MaskSet | None, dense: int) -> Traffic:
@@ -53,7 +57,7 @@ class Traffic:
         """
         sizes = payload_sizes(payload)
         bound = entropy_bound(update, reference=reference)
-        return cls(sizes.total, sizes.positions, sizes.values, sizes.header, dense, bound)
+        return cls(sizes.total, sizes.positions, sizes.values, sizes.header, dense, bound, sizes.codings)
 
     @classmethod
     def of_refused(cls, payload: bytes, *, dense: int) -> Traffic:
@@ -63,8 +67,13 @@ class Traffic:
     @classmethod
     def sum(cls, parts: Iterable[Traffic]) -> Traffic:
         """Everything together."""
-        rows = [asdict(part) for part in parts]
-        return cls(**{name: sum(row[name] for row in rows) for name in asdict(cls())})
+        total = Counter[str]()
+        codings = Counter[str]()
+        for part in parts:
+            row = asdict(part)
+            codings.update(row.pop("codings"))
+            total.update(row)
+        return cls(**total, codings=dict(codings))
 
 
 @dataclass(frozen=True)

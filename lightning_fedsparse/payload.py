@@ -10,7 +10,8 @@ specified in ``docs/payload_format.md``.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,12 +63,21 @@ _BLOCK = 256
 
 @dataclass(frozen=True)
 class PayloadSizes:
-    """Bytes of a payload by what they carry; ``header`` is all that is neither positions nor values."""
+    """Bytes of a payload by what they carry.
+
+    Args:
+        total: The whole payload.
+        positions: Which entries of parameters are kept.
+        values: Parameters and buffers.
+        header: All that is neither.
+        codings: Parameters by how their positions travel: the name of the ``PositionCoding``, in lower case.
+    """
 
     total: int
     positions: int
     values: int
     header: int
+    codings: Mapping[str, int]
 
 
 def encode(
@@ -202,7 +212,8 @@ def payload_sizes(data: bytes) -> PayloadSizes:
     header, _ = read_container(data, DEFAULT_LIMITS)
     positions = sum(record.position_bytes for record in header.parameters)
     values = sum(record.value_bytes for record in header.parameters + header.buffers)
-    return PayloadSizes(len(data), positions, values, len(data) - positions - values)
+    codings = Counter(record.positions.name.lower() for record in header.parameters)
+    return PayloadSizes(len(data), positions, values, len(data) - positions - values, dict(codings))
 
 
 def _encode_tensor(

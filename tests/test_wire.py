@@ -1,5 +1,7 @@
 """Values rounded on the wire, links, and the accounts of a round, through the loop."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
@@ -98,11 +100,15 @@ def test_every_byte_is_accounted_for(tmp_path):
             assert traffic.dense == dense
             for name in ("total", "positions", "values", "header", "dense", "bound"):
                 assert getattr(traffic, name) == sum(getattr(part, name) for part in parts)
+            for coding in ("dense", "known", "changes", "gaps", "packed_bitmap", "bitmap"):
+                assert traffic.codings.get(coding, 0) == sum(part.codings.get(coding, 0) for part in parts)
+            assert sum(traffic.codings.values()) == 4 * len(loop.state.weights)
             assert traffic.values <= traffic.bound
     # nobody holds the first mask; in the second round those who took part in the first know it, and send no positions
     first, second = loop.history[1:3]
     assert first.traffic_down.positions > 0
     assert first.traffic_up.positions == 0
+    assert first.traffic_up.codings.keys() == {"dense", "known"}
     assert second.traffic_down.positions < first.traffic_down.positions
     assert read_history(tmp_path / "run" / "history.jsonl") == loop.history
     assert loop.history[1].scalars["bound_bytes_up"] == first.traffic_up.bound
@@ -126,6 +132,68 @@ def test_a_refused_upload_is_counted_and_believed_nothing(monkeypatch):
     assert failed
     assert all((up.total, up.header, up.values, up.bound) == (50, 50, 0, 0) for up in failed)
     assert run_whole is original
+
+
+def damaged(damage):
+    return lambda payload, reference: damage(payload)
+
+
+def changed(**parts):
+    def change(payload, reference):
+        update = decode(payload, reference=reference)
+        return encode(replace(update, **{name: part(update) for name, part in parts.items()}))
+
+    return change
+
+
+def first_of(update):
+    return next(name for name, mask in update.masks.items() if mask is not None)
+
+
+def dense_first(update):
+    return {**update.values, first_of(update): torch.ones(update.masks[first_of(update)].shape)}
+
+
+def but_one(tensors):
+    return dict(list(tensors.items())[1:])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (damaged(lambda payload: b""), "0 bytes, fewer than its frame"),
+        (damaged(lambda payload: payload[:-1]), "checksum"),
+        (damaged(lambda payload: payload + b"\0"), "checksum"),
+        (damaged(lambda payload: payload[:40] + bytes([payload[40] ^ 1]) + payload[41:]), "checksum"),
+        (damaged(lambda payload: b"PK" + payload), "not a payload"),
+        (damaged(lambda payload: payload[:4] + b"\2" + payload[5:]), "version 2 is unknown"),
+        (changed(values=lambda u: {name: value * torch.nan for name, value in u.values.items()}), "not finite"),
+        (changed(values=lambda u: {name: value + torch.inf for name, value in u.values.items()}), "not finite"),
+        (changed(values=lambda u: but_one(u.values), masks=lambda u: but_one(u.masks)), "parameters of the model"),
+        (changed(values=dense_first, masks=lambda u: {**u.masks, first_of(u): None}), "outside the support"),
+        (changed(num_examples=lambda u: 0), "at least 1 example"),
+        (changed(num_examples=lambda u: 10**15), "num_examples is 1000000000000000, more than the limit"),
+        (changed(kind=lambda u: "delta"), "expected 'weights'"),
+        (changed(buffers=lambda u: {"x": torch.ones(2)}), "expected the buffers of the model"),
+    ],
+)
+def test_a_hostile_upload_costs_the_round_one_client(monkeypatch, spoil, reason):
+    original, spoilt = ClientWorker.run, []
+
+    def hostile(self, job):
+        result = original(self, job)
+        if spoilt:
+            return result
+        spoilt.append(job.client_id)
+        return replace(result, payload=spoil(result.payload, list(self._masks.values())[-1]))
+
+    monkeypatch.setattr(ClientWorker, "run", hostile)
+    loop, state = run(1, feddip(sparsity=0.7, initial_sparsity=0.3))
+    record = loop.history[-1]
+    assert list(record.failures) == spoilt
+    assert reason in record.failures[spoilt[0]]
+    assert (record.clients_failed, record.clients_returned) == (1, 3)
+    assert all(tensor.isfinite().all() for tensor in state.values())
 
 
 def test_closing_summary(capsys):
