@@ -1,6 +1,7 @@
 import math
 import re
 import struct
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from lightning_fedsparse.bounded_reading import deflate, varint
 from lightning_fedsparse.payload import Limits, MaskSet, PayloadError, check_update, decode, encode, payload_sizes
 from lightning_fedsparse.rounds import UploadRule
 from lightning_fedsparse.update import SparseUpdate, gather
@@ -440,6 +442,28 @@ def test_header_that_expands_further_than_it_says():
     data = FRONT.pack(magic, version, packed, 2 * 10**6) + bomb[FRONT.size : -4]
     with pytest.raises(PayloadError, match="the header expands to 1000000 bytes but declares 2000000"):
         decode(data + struct.pack("<I", zlib.crc32(data)))
+
+
+BOMB = deflate(bytes(10**7), match=True)  # 10 kB
+
+
+@pytest.mark.parametrize(
+    ("record", "sections", "what"),
+    [
+        (b"\1w\0\3\0\1\x08\2" + varint(1 + len(BOMB)) + b"\x08", (b"\0", BOMB, VALUES), "the positions of 'w'"),
+        (b"\1w\0\4\0\1\x08\2" + varint(len(BOMB)) + b"\x08", (BOMB, VALUES), "the bitmap of 'w'"),
+        (b"\1w\0\0\1\1\2" + varint(6 + len(BOMB)), (bytes(6), BOMB), "the exponents of 'w'"),
+        (b"\1w\0\0\4\1\2" + varint(6 + len(BOMB)), (bytes(5), b"\1", BOMB), "the codes of 'w'"),
+    ],
+)
+def test_sections_that_expand_further_than_they_may_are_not_expanded(record, sections, what):
+    data = framed(tiny(record), *sections)
+    tracemalloc.start()
+    with pytest.raises(PayloadError, match=f"{what} expands to more than"):
+        decode(data)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 200_000
 
 
 def test_limits_for_a_model_admit_its_updates_and_no_larger_model():

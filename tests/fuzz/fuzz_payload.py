@@ -1,158 +1,33 @@
-"""A coverage-guided fuzz target for the decoder, and what it holds every payload against.
+"""A coverage-guided fuzz target for the decoder: the checks of ``invariants.py`` under libFuzzer.
 
-    python -m venv .fuzz && .fuzz/bin/pip install atheris -e .
-    .fuzz/bin/python -m tests.fuzz.fuzz_payload -runs=300000 -rss_limit_mb=1024 -timeout=5 CORPUS_OF_YOUR_OWN tests/fuzz/corpus
+    python3.11 -m venv .fuzz && .fuzz/bin/pip install -c constraints.txt atheris pytest hypothesis -e .
+    mkdir -p found
+    .fuzz/bin/python -m tests.fuzz.fuzz_payload -runs=300000 -max_len=4096 -rss_limit_mb=1024 -timeout=5 found tests/fuzz/corpus
+    .fuzz/bin/python -m tests.fuzz.fuzz_payload --write-corpus tests/fuzz/corpus
 
-An input is not a payload but what one is made of: a byte that says which masks the receiver holds and how to go on, the
-length of a header, the header, and the sections. So that mutations reach beyond the checksum and the header's compression,
-these are put on afterwards; every eighth input is taken as a payload as it is. Whatever comes of it is refused with
-``PayloadError``, or is an update that
-
-- the minimal decoder, which shares no code with the package, reads to the same bits,
-- has finite parameters, values as its masks say, and no more elements than the receiver's limits,
-- is the same after encoding and decoding once more, and
-- passes the check against the receiver's model, or is refused by that.
-
-A payload that only one of the two decoders accepts is a wrong acceptance; libFuzzer finds crashes, hangs (``-timeout``) and
-memory beyond a limit (``-rss_limit_mb``).
+The last line writes the inputs anew that a run begins with. libFuzzer finds crashes (the checks' AssertionErrors among
+them), hangs (``-timeout``, in seconds) and memory beyond a limit (``-rss_limit_mb``); it keeps in ``found`` what
+reached code that nothing before had reached.
 """
 
-import struct
 import sys
 import warnings
-import zlib
 from pathlib import Path
 
+import atheris
 import torch
 
-from lightning_fedsparse.payload import Limits, MaskSet, PayloadError, check_update, decode, encode
-from lightning_fedsparse.update import SparseUpdate, gather
-from tests import minimal_decoder
-from tests.test_vectors import described_minimally, plain_reference
-from tests.vectors.describing import described
-
-FRONT = struct.Struct("<4sBII")
-LIMITS = Limits(max_bytes=2**17, max_elements=20_000, max_tensors=20, max_header_bytes=4096)
-RAW = 7  # of eight: the input is a payload
-
-
-def model():
-    """Parameters and buffers of the receiver, and two mask sets that it may hold."""
-    generator = torch.Generator().manual_seed(0)
-    parameters = {"a": torch.randn(20, 30, generator=generator), "b": torch.randn(7, generator=generator).bfloat16()}
-    buffers = {"mean": torch.randn(5, generator=generator), "steps": torch.tensor(3)}
-    first = MaskSet.of({"a": torch.rand(20, 30, generator=generator) < 0.2, "b": None})
-    second = MaskSet.of({"a": torch.rand(20, 30, generator=generator) < 0.6, "b": torch.arange(7) < 3})
-    return parameters, buffers, (first, second)
-
-
-PARAMETERS, BUFFERS, MASKS = model()
-HELD = (None, *MASKS)
-PLAIN = (None, *(plain_reference(masks) for masks in MASKS))
-
-
-def payload_of(data: bytes) -> tuple[bytes, int]:
-    """What an input stands for, and which masks the receiver holds."""
-    how = data[0] if data else 0
-    held = how // 8 % len(HELD)
-    if how % 8 == RAW:
-        return data[1:], held
-    (length,) = struct.unpack("<H", data[1:3].ljust(2, b"\0"))
-    header, sections = data[3 : 3 + length], data[3 + length :]
-    packer = zlib.compressobj(1, zlib.DEFLATED, -15)
-    packed = packer.compress(header) + packer.flush()
-    framed = FRONT.pack(b"\x89FSP", 1, len(packed), len(header)) + packed + sections
-    return framed + struct.pack("<I", zlib.crc32(framed)), held
-
-
-def input_of(data: bytes, held: int) -> bytes:
-    """The input that stands for a payload."""
-    _, _, packed, _ = FRONT.unpack_from(data)
-    header = zlib.decompress(data[FRONT.size : FRONT.size + packed], -15)
-    return bytes([8 * held]) + struct.pack("<H", len(header)) + header + data[FRONT.size + packed : -4]
-
-
-def check(data: bytes) -> bool:
-    """Hold one input against everything above; whether it was accepted.
-
-    Raises:
-        AssertionError: For a wrong acceptance.
-    """
-    payload, held = payload_of(data)
-    try:
-        update = decode(payload, reference=HELD[held], limits=LIMITS)
-    except PayloadError as error:
-        # the minimal decoder knows nothing of limits
-        if not any(word in str(error) for word in ("limit", "elements", "expands to more")):
-            refused_by_the_other(payload, held, str(error))
-        return False
-    found = described(update)
-    assert found == described_minimally(minimal_decoder.decode(payload, PLAIN[held]))
-    elements = 0
-    for name, value in update.values.items():
-        mask = update.masks[name]
-        assert mask is None or value.shape == (int(mask.sum()),)
-        assert value.isfinite().all()
-        elements += value.numel() if mask is None else mask.numel()
-    assert elements <= LIMITS.max_elements + sum(
-        mask.numel() for masks in MASKS for mask in masks.values() if mask is not None
-    )
-    again = encode(update, reference=HELD[held])
-    assert described(decode(again, reference=HELD[held])) == found
-    try:
-        check_update(update, PARAMETERS, buffers=BUFFERS, support=HELD[held])
-    except PayloadError:
-        return True
-    assert update.values.keys() == PARAMETERS.keys()
-    return True
-
-
-def refused_by_the_other(payload: bytes, held: int, reason: str) -> None:
-    try:
-        minimal_decoder.decode(payload, PLAIN[held])
-    except minimal_decoder.RefusedError:
-        return
-    raise AssertionError(f"only the minimal decoder accepts what was refused: {reason}")
-
-
-def seeds():
-    """Name -> input: one for every coding, and hostile ones."""
-    for number, masks in enumerate(MASKS, start=1):
-        update = SparseUpdate(
-            gather(PARAMETERS, masks), masks, 5, buffers=BUFFERS, metrics={"loss": 1.0}, mask_id=masks.id
-        )
-        for held in range(len(HELD)):
-            yield f"masks{number}_held{held}", input_of(encode(update, reference=HELD[held]), held)
-        for values in ("bfloat16", "float16", "int8", "int4"):
-            rounded = encode(update, reference=masks, values=values, seed=number, block=64 if number == 1 else None)
-            yield f"masks{number}_{values}", input_of(rounded, number)
-    dense = SparseUpdate(PARAMETERS, dict.fromkeys(PARAMETERS), kind="delta", absent="zero")
-    yield "dense", input_of(encode(dense), 0)
-    yield "raw", bytes([RAW]) + encode(dense)
-    tiny = SparseUpdate({"w": torch.tensor([1.0])}, {"w": torch.tensor([True, False, False])}, absent="unheld")
-    yield "tiny", input_of(encode(tiny), 0)
-    sparse = MaskSet.of({"w": torch.arange(9000) % 97 == 5})
-    yield "gaps", input_of(encode(SparseUpdate(gather({"w": torch.zeros(9000)}, sparse), sparse)), 0)
-    bomb = bytearray(input_of(encode(tiny), 0))
-    yield "cut", bytes(bomb[: len(bomb) // 2])
-
-
-def write_corpus(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, data in seeds():
-        (folder / f"{name}.bin").write_bytes(data)
+# the decoder, and the minimal one, are compiled so that they report which branches they take
+with atheris.instrument_imports(include=["lightning_fedsparse", "tests"]):
+    from tests.fuzz.invariants import check, write_corpus
 
 
 def main() -> None:
-    if len(sys.argv) == 3 and sys.argv[1] == "--write-corpus":
+    if sys.argv[1:2] == ["--write-corpus"]:
         write_corpus(Path(sys.argv[2]))
         return
-    import atheris  # needed here only: it is no dependency of the tests
-
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    for function in (decode, encode, check_update, minimal_decoder.decode):
-        atheris.instrument_func(function)
     accepted = [0, 0]
 
     def one_input(data: bytes) -> None:
