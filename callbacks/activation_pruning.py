@@ -160,11 +160,11 @@ class ActivationPruning(SparsityCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"thresholds": dict(self._thresholds)}
+        return {"activation_thresholds": dict(self._thresholds)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._thresholds = dict(state_dict["thresholds"])
+        self._thresholds = dict(state_dict["activation_thresholds"])
 
     # -- around each forward of a layer ----------------------------------------------------------------------------
 

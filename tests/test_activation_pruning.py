@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
+from lightning_fedsparse import load_folded
 from lightning_fedsparse.activations import PrunedActivation, activation_threshold
 from lightning_fedsparse.callbacks import ActivationPruning, MagnitudePruning, Powerpropagation
 from lightning_fedsparse.callbacks.activation_pruning import saving_pruned
@@ -344,7 +345,17 @@ def test_thresholds_of_every_batch_or_of_the_first(compressed: list[tuple[int, f
     pruning = ActivationPruning(include=["first.weight"], threshold="first_batch")
     quiet_trainer([prune(), pruning]).fit(seeded(Net), loader())
     (threshold,) = {threshold for _, threshold in compressed}
-    assert pruning.state_dict() == {"thresholds": {"first.weight": threshold}}
+    assert pruning.state_dict() == {"activation_thresholds": {"first.weight": threshold}}
+
+
+def test_a_checkpoint_folds_no_threshold_of_activations_into_weights(tmp_path: Path) -> None:
+    module = seeded(Net)
+    trainer = quiet_trainer([prune(), ActivationPruning(threshold="first_batch")])
+    trainer.fit(module, loader())
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    folded = load_folded(tmp_path / "end.ckpt", seeded(Net))
+    for name, parameter in module.named_parameters():
+        assert torch.equal(folded.get_parameter(name), parameter)
 
 
 def test_the_density_follows_the_layers_own_effective_weight(monkeypatch: pytest.MonkeyPatch) -> None:
