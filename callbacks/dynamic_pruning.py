@@ -5,6 +5,10 @@ global magnitude mask at the scheduled sparsity. Between reconfigurations client
 the values on the mask. What a client's pruned weights have learned would be lost: ``regrow`` says how much of it
 reaches the server.
 
+A client whose capacity, the share of the prunable weights that it can hold, is below the mask's density gets the largest
+weights of the mask, as many as it can hold, trains and sends these. The server then averages every weight over the clients
+that hold it, weighted by examples, and what none holds stays as it is; candidates come from clients that hold the whole mask.
+
 Reference: Q. Long, C. Anagnostopoulos, S. P. Parambath, D. Bi, "FedDIP: Federated Learning with Extreme Dynamic
 Pruning and Incremental Regularization", ICDM 2023, https://arxiv.org/abs/2309.06805. The paper's abstract claims dynamic
 pruning with error feedback; the released code re-applies the old mask before it computes the new one, so its masks only
@@ -24,18 +28,47 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_fedsparse.callbacks.magnitude_pruning import MagnitudePruning
+from lightning_fedsparse.capacities import held_count
+from lightning_fedsparse.clients import Client
 from lightning_fedsparse.distributions import erk_sparsities
 from lightning_fedsparse.masks import kept_counts, magnitude_masks, random_masks, top_masks
+from lightning_fedsparse.narrowing import NarrowedBroadcasts
+from lightning_fedsparse.ranking import largest
 from lightning_fedsparse.rounds import ClientRound, ServerRound, UploadRule
 from lightning_fedsparse.schedules import Progress, Schedule
 from lightning_fedsparse.seeding import derive_seed
 from lightning_fedsparse.server import ServerState
-from lightning_fedsparse.update import MaskSet, SparseUpdate, gather
+from lightning_fedsparse.update import SparseUpdate, remask
 
-__all__ = ["DynamicPruning", "candidate_masks"]
+__all__ = ["DynamicPruning", "candidate_masks", "masks_within"]
 
 Positions = Literal["magnitude", "random", "random_per_client"]
 Regrow = Literal["candidates", "nested", "dense"]
+
+
+@torch.no_grad()
+def masks_within(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Masks of the largest of those weights that the given masks keep, in one ranking.
+
+    Args:
+        weights: Weights by name.
+        masks: Bool masks by the same names.
+        count: How many to keep, at least 0; among equal ones the higher flat index first.
+
+    Returns:
+        New masks inside the given ones, or these where they keep no more than ``count``.
+
+    Example:
+        >>> masks_within({"w": torch.tensor([4.0, 1.0, -3.0])}, {"w": torch.tensor([False, True, True])}, 1)
+        {'w': tensor([False, False,  True])}
+    """
+    if sum(int(mask.count_nonzero()) for mask in masks.values()) <= count:
+        return dict(masks)
+    # a weight of zero that a mask keeps ranks above all that it doesn't
+    pool = [weight.abs().clamp_min(torch.finfo(weight.dtype).tiny) * masks[name] for name, weight in weights.items()]
+    kept = largest(torch.cat([part.reshape(-1) for part in pool]), count)
+    parts = torch.split(kept, [part.numel() for part in pool])
+    return {name: part.view(weights[name].shape).clone() for name, part in zip(weights, parts, strict=True)}
 
 
 @torch.no_grad()
@@ -54,14 +87,7 @@ def candidate_masks(
         Bool masks that are True at the candidates only.
     """
     kept = magnitude_masks(weights, sparsity)
-    candidates = {name: kept[name] & ~masks[name] for name in weights}
-    count = sum(int(mask.count_nonzero()) for mask in candidates.values())
-    if count <= limit:
-        return candidates
-    total = sum(weight.numel() for weight in weights.values())
-    outside = {name: torch.where(candidates[name], weight, 0) for name, weight in weights.items()}
-    largest = magnitude_masks(outside, (total - limit) / total)
-    return {name: largest[name] & candidates[name] for name in weights}
+    return masks_within(weights, {name: kept[name] & ~masks[name] for name in weights}, limit)
 
 
 class DynamicPruning(MagnitudePruning):
@@ -84,7 +110,8 @@ class DynamicPruning(MagnitudePruning):
         exclude: Globs of parameter names to leave dense.
 
     Raises:
-        ValueError: As ``MagnitudePruning``; for an unknown option; for dense uploads with candidates, which they hold.
+        ValueError: As ``MagnitudePruning``; for an unknown option; for dense uploads with candidates, which they hold; at the
+            start of a federation for a capacity that holds nothing, or capacities beside dense uploads or broadcasts.
     """
 
     def __init__(
@@ -119,6 +146,9 @@ class DynamicPruning(MagnitudePruning):
         self.regrow = regrow
         self.uploads_all = upload == "dense" or regrow == "dense"
         self.max_candidates = max_candidates
+        self._narrowed = NarrowedBroadcasts()
+        self._proposers: dict[str, Tensor] = {}
+        self._able = 0
 
     @override
     def initial_masks(self, weights: Mapping[str, Tensor], sparsity: float, seed: int) -> dict[str, Tensor]:
@@ -144,24 +174,68 @@ class DynamicPruning(MagnitudePruning):
     ) -> SparseUpdate:
         assert self.client_round is not None
         if self.uploads_all:
-            return self._with_masks(pl_module, update, dict.fromkeys(self._names))
+            return remask(update, dict(pl_module.named_parameters()), dict.fromkeys(self._names))
+        capacity = self.client_round.capacity
+        if capacity is not None:
+            update = replace(update, absent="unheld")
         coming = Progress(self.client_round.index + 1, self.client_round.total)
         masks = {name: mask for name in self._names if (mask := self.client_round.masks[name]) is not None}
         sparsity = self.target(coming)
         if self.regrow != "candidates" or not masks or sparsity is None or not self.reconfigures(coming):
             return update
-        candidates = candidate_masks(self._client_weights(pl_module), masks, sparsity, self._max_candidates(masks))
-        return self._with_masks(pl_module, update, {name: masks[name] | candidates[name] for name in masks})
+        weights = self._client_weights(pl_module)
+        limit = self._max_candidates(masks)
+        if capacity is not None:
+            limit = min(limit, self._held(capacity, weights, "of this client") - _kept(masks))
+        candidates = candidate_masks(weights, masks, sparsity, limit)
+        return remask(update, weights, {name: masks[name] | candidates[name] for name in masks})
 
     @override
     def on_server_start(self, pl_module: pl.LightningModule, state: ServerState, seed: int) -> ServerState:
-        if self.erk_positions != "random_per_client":
-            return super().on_server_start(pl_module, state, seed)
-        self.find_names(pl_module)
+        if self.erk_positions == "random_per_client":
+            self.find_names(pl_module)
+        else:
+            state = super().on_server_start(pl_module, state, seed)
+        for client_id, capacity in state.capacities.items():
+            self._held(capacity, self._weights(state), f"for client {client_id!r}")
+        if state.capacities and (self.uploads_all or self.erk_positions == "random_per_client"):
+            raise ValueError(
+                "expected masked uploads and a common first mask where clients have capacities, got "
+                + ("dense uploads" if self.uploads_all else "erk_positions='random_per_client'")
+            )
         return state
 
     @override
+    def client_broadcast(self, state: ServerState, client: Client, broadcast: SparseUpdate) -> SparseUpdate:
+        if client.capacity is None:
+            return broadcast
+        capacity = client.capacity
+        return self._narrowed.get(broadcast, capacity, lambda: self._narrow(state, capacity, broadcast))
+
+    def _narrow(self, state: ServerState, capacity: float, broadcast: SparseUpdate) -> SparseUpdate:
+        weights, masks = self._weights(state), self._masks(state)
+        count = self._held(capacity, weights, "of a client")
+        return broadcast if _kept(masks) <= count else remask(broadcast, weights, masks_within(weights, masks, count))
+
+    @override
+    def on_server_receive(self, state: ServerState, server_round: ServerRound, update: SparseUpdate) -> None:
+        # among holders alone a candidate would count as if the clients that could propose it, and didn't, had agreed
+        if not state.capacities or not self._takes_candidates(server_round):
+            return
+        masks, sent = self._masks(state), {name: update.masks[name] for name in self._names}
+        outside = {name: mask & ~masks[name] for name, mask in sent.items() if mask is not None}
+        if sum(int(mask.count_nonzero()) for mask in outside.values()) + _kept(masks) == _kept(sent):
+            self._able += update.num_examples
+            for name, mask in outside.items():
+                self._proposers[name] = self._proposers.get(name, 0) + update.num_examples * mask.long()
+
+    @override
+    @torch.no_grad()
     def on_server_round_end(self, state: ServerState, server_round: ServerRound) -> ServerState:
+        for name, proposers in self._proposers.items():
+            weight = state.weights[name]
+            weight.mul_(torch.where(self._masks(state)[name], 1, proposers.to(weight.dtype) / self._able))
+        self._proposers, self._able = {}, 0
         if self.regrow == "nested":
             state.apply_masks()
         if self.erk_positions == "random_per_client":
@@ -177,26 +251,41 @@ class DynamicPruning(MagnitudePruning):
 
     @override
     def upload_rule(self, state: ServerState, server_round: ServerRound) -> UploadRule | None:
-        masks = {name: mask for name in self._names if (mask := state.masks[name]) is not None}
+        masks = self._masks(state)
+        extra = 0
         if self.uploads_all:
-            return UploadRule(extra_values=sum(int((~mask).count_nonzero()) for mask in masks.values()))
-        coming = Progress(server_round.index + 1, server_round.total)
-        if self.regrow == "candidates" and self.reconfigures(coming):
-            return UploadRule(extra_values=self._max_candidates(masks))
-        return None
+            extra = sum(int((~mask).count_nonzero()) for mask in masks.values())
+        elif self._takes_candidates(server_round):
+            extra = self._max_candidates(masks)
+        if state.capacities:
+            return UploadRule(absent="unheld", extra_values=extra, weighting="examples")
+        return UploadRule(extra_values=extra) if extra else None
+
+    @override
+    @torch.no_grad()
+    def to_effective_(self, weights: dict[str, Tensor], capacity: float | None = None) -> None:
+        if capacity is not None:
+            mine = {name: weights[name] for name in self._names}
+            count = self._held(capacity, mine, "to evaluate at")
+            for name, mask in masks_within(mine, {name: weight != 0 for name, weight in mine.items()}, count).items():
+                mine[name].mul_(mask)
+
+    def _takes_candidates(self, server_round: ServerRound) -> bool:
+        return self.regrow == "candidates" and self.reconfigures(Progress(server_round.index + 1, server_round.total))
 
     def _max_candidates(self, masks: Mapping[str, Tensor]) -> int:
-        return int(self.max_candidates * sum(int(mask.count_nonzero()) for mask in masks.values()))
+        return int(self.max_candidates * _kept(masks))
+
+    def _held(self, capacity: float, weights: Mapping[str, Tensor], where: str) -> int:
+        return held_count(capacity, sum(weight.numel() for weight in weights.values()), where)
+
+    def _masks(self, state: ServerState) -> dict[str, Tensor]:
+        return {name: mask for name in self._names if (mask := state.masks[name]) is not None}
 
     def _client_weights(self, pl_module: pl.LightningModule) -> dict[str, Tensor]:
         parameters = dict(pl_module.named_parameters())
         return {name: parameters[name].detach() for name in self._names}
 
-    def _with_masks(
-        self, pl_module: pl.LightningModule, update: SparseUpdate, masks: Mapping[str, Tensor | None]
-    ) -> SparseUpdate:
-        values = gather(dict(pl_module.named_parameters()), masks)
-        # the order of names is the model's: a mapping that is merged keeps it
-        merged = MaskSet.of({**update.masks, **masks})
-        mask_id = None if merged.is_dense else merged.id
-        return replace(update, values={**update.values, **values}, masks=merged, mask_id=mask_id)
+
+def _kept(masks: Mapping[str, Tensor | None]) -> int:
+    return sum(int(mask.count_nonzero()) for mask in masks.values() if mask is not None)

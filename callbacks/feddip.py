@@ -4,8 +4,8 @@ Federated averaging in which every local step runs at pruned weights and updates
 masks that the server recomputes every few rounds by global magnitude at a growing sparsity (``DynamicPruning``), with a
 layer-wise norm penalty that grows too (``IncrementalRegularization``).
 
-Use it for a sparse global model at little loss of accuracy when clients are uniform; expect no faster kernels. It
-clashes with other callbacks that own masks over the same weights.
+Use it for a sparse global model at little loss of accuracy; expect no faster kernels. Clients with capacities of their own
+hold the largest weights of the mask that they can. It clashes with other callbacks that own masks over the same weights.
 
 Reference: Q. Long, C. Anagnostopoulos, S. P. Parambath, D. Bi, "FedDIP: Federated Learning with Extreme Dynamic
 Pruning and Incremental Regularization", ICDM 2023, pp. 1187-1192, https://arxiv.org/abs/2309.06805.

@@ -38,12 +38,13 @@ from lightning_fedsparse.capacities import require_capacity
 from lightning_fedsparse.clients import Client
 from lightning_fedsparse.effective import EffectiveWeights
 from lightning_fedsparse.masks import pack_mask, unpack_mask
+from lightning_fedsparse.narrowing import NarrowedBroadcasts
 from lightning_fedsparse.prunable import prunable_parameters
 from lightning_fedsparse.rounds import ClientRound, ServerRound, UploadRule
 from lightning_fedsparse.server import ServerState
 from lightning_fedsparse.submodels import ImportanceTransform, extraction_groups, submodel_masks, submodel_thresholds
 from lightning_fedsparse.transforms import Transform
-from lightning_fedsparse.update import MaskSet, SparseUpdate, gather
+from lightning_fedsparse.update import SparseUpdate, gather, remask
 from lightning_fedsparse.value_coding import ValueType
 
 __all__ = ["ImportanceMasking"]
@@ -118,8 +119,7 @@ class ImportanceMasking(EffectiveWeightCallback):
         self._groups: list[list[str]] = []
         self._last_step: int | None = None
         self._received: dict[str, Tensor] = {}
-        self._broadcast: SparseUpdate | None = None
-        self._narrowed: dict[float, SparseUpdate] = {}
+        self._narrowed = NarrowedBroadcasts()
         self._key = self._generate_state_key(include=self.include, exclude=self.exclude)
 
     @property
@@ -237,22 +237,15 @@ class ImportanceMasking(EffectiveWeightCallback):
 
     @override
     def client_broadcast(self, state: ServerState, client: Client, broadcast: SparseUpdate) -> SparseUpdate:
-        if broadcast is not self._broadcast:
-            self._broadcast, self._narrowed = broadcast, {}
         capacity = self.capacity if client.capacity is None else client.capacity
-        if capacity not in self._narrowed:
-            self._narrowed[capacity] = self._narrow(state, capacity, broadcast)
-        return self._narrowed[capacity]
+        return self._narrowed.get(broadcast, capacity, lambda: self._narrow(state, capacity, broadcast))
 
     def _narrow(self, state: ServerState, capacity: float, broadcast: SparseUpdate) -> SparseUpdate:
         if capacity == 1:
             return broadcast
         weights = {name: state.weights[name] for group in self._groups for name in group}
         masks = submodel_masks(weights, self._thresholds(weights, capacity))
-        # the order of names is the model's: a mapping that is merged keeps it
-        merged = MaskSet.of({**broadcast.masks, **masks})
-        values = {**broadcast.values, **gather(weights, masks)}
-        return replace(broadcast, values=values, masks=merged, mask_id=merged.id)
+        return remask(broadcast, weights, masks)
 
     @override
     def upload_rule(self, state: ServerState, server_round: ServerRound) -> UploadRule | None:

@@ -11,9 +11,11 @@ masks are the non-zeros of the average. The first broadcast is dense.
 A client with a capacity of its own, the share of the prunable weights that it can hold, keeps no more than that; from
 round 2 on it is also sent no more than that, the largest of the global weights.
 
-Under plain weights a zero receives gradients and can return; under ``Powerpropagation`` it can't. Nothing keeps a layer from
-losing all its weights: a small network that is cut to its target after the first round may die for good, of which
-``CollapseMonitor`` warns; a schedule that ramps up and a floor per layer prevent it.
+Alone, with a ``ConstantSchedule``, this is the Top-K baseline that sparse federated methods are compared with
+(``tests/test_sparsyfed_reference.py`` holds it against one written by hand). Under plain weights a zero receives gradients and
+can return; under ``Powerpropagation`` it can't. Nothing keeps a layer from losing all its weights: a small network that is cut
+to its target after the first round may die for good, of which ``CollapseMonitor`` warns; a schedule that ramps up and a floor
+per layer prevent it.
 
 In a plain Trainer, ``fit`` is the local training: its end prunes to the schedule's end. Put the callback before
 ``Powerpropagation``, which folds its exponents in at that moment too.
@@ -34,14 +36,16 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_fedsparse.callbacks.base import SparsityCallback
+from lightning_fedsparse.capacities import held_count
 from lightning_fedsparse.clients import Client
 from lightning_fedsparse.masks import magnitude_masks, top_masks
 from lightning_fedsparse.metrics import DensityExcess
+from lightning_fedsparse.narrowing import NarrowedBroadcasts
 from lightning_fedsparse.prunable import prunable_parameters
 from lightning_fedsparse.rounds import ServerRound, UploadRule
 from lightning_fedsparse.schedules import Progress, Schedule
 from lightning_fedsparse.server import ServerState
-from lightning_fedsparse.update import MaskSet, SparseUpdate, gather
+from lightning_fedsparse.update import SparseUpdate, remask
 
 __all__ = ["TopKAfterTraining", "largest_weights"]
 
@@ -77,8 +81,8 @@ class TopKAfterTraining(SparsityCallback):
         exclude: Globs of parameter names to leave dense.
 
     Raises:
-        ValueError: At construction for a value out of range; at the start for a model with nothing to prune or a glob that
-            matches nothing.
+        ValueError: At construction for a value out of range; at the start for a model with nothing to prune, a glob that
+            matches nothing, or a client's capacity that holds nothing or less than the floor.
     """
 
     def __init__(
@@ -111,8 +115,7 @@ class TopKAfterTraining(SparsityCallback):
         self.include = tuple(include)
         self.exclude = tuple(exclude)
         self._names: list[str] = []
-        self._broadcast: SparseUpdate | None = None
-        self._narrowed: dict[float, SparseUpdate] = {}
+        self._narrowed = NarrowedBroadcasts()
         self._key = self._generate_state_key(include=self.include, exclude=self.exclude)
 
     @property
@@ -149,39 +152,39 @@ class TopKAfterTraining(SparsityCallback):
 
     def _cut(self, update: SparseUpdate, weights: Mapping[str, Tensor], sparsity: float) -> SparseUpdate:
         """The update with nothing but the largest of these weights."""
-        masks = largest_weights(weights, sparsity, layer_floor=self.layer_floor)
-        # the order of names is the model's: a mapping that is merged keeps it
-        merged = MaskSet.of({**update.masks, **masks})
-        values = {**update.values, **gather(weights, masks)}
-        return replace(update, values=values, masks=merged, mask_id=merged.id)
+        return remask(update, weights, largest_weights(weights, sparsity, layer_floor=self.layer_floor))
 
     @override
     def on_server_start(self, pl_module: pl.LightningModule, state: ServerState, seed: int) -> ServerState:
         self._names = list(prunable_parameters(pl_module, self.include, exclude=self.exclude))
+        for client_id, capacity in state.capacities.items():
+            self._require_held(capacity, state.weights, f"for client {client_id!r}")
         return state
+
+    def _require_held(self, capacity: float, weights: Mapping[str, Tensor], where: str) -> None:
+        held_count(capacity, sum(weights[name].numel() for name in self._names), where)
+        if capacity <= self.layer_floor:
+            raise ValueError(f"expected a capacity above the layer_floor of {self.layer_floor}, got {capacity} {where}")
 
     @override
     def client_broadcast(self, state: ServerState, client: Client, broadcast: SparseUpdate) -> SparseUpdate:
         if client.capacity is None or any(state.masks[name] is None for name in self._names):
             return broadcast  # dense in the first round
-        if broadcast is not self._broadcast:
-            self._broadcast, self._narrowed = broadcast, {}
-        if client.capacity not in self._narrowed:
-            weights = {name: state.weights[name] for name in self._names}
-            self._narrowed[client.capacity] = self._cut(broadcast, weights, 1 - client.capacity)
-        return self._narrowed[client.capacity]
+        sparsity = 1 - client.capacity
+        weights = {name: state.weights[name] for name in self._names}
+        return self._narrowed.get(broadcast, client.capacity, lambda: self._cut(broadcast, weights, sparsity))
 
     @override
     @torch.no_grad()
     def to_effective_(self, weights: dict[str, Tensor], capacity: float | None = None) -> None:
         if capacity is not None:
+            self._require_held(capacity, weights, "to evaluate at")
             mine = {name: weights[name] for name in self._names}
             for name, mask in largest_weights(mine, 1 - capacity, layer_floor=self.layer_floor).items():
                 mine[name].mul_(mask)
 
     @override
     def on_server_round_end(self, state: ServerState, server_round: ServerRound) -> ServerState:
-        self._broadcast, self._narrowed = None, {}
         masks = {name: state.weights[name] != 0 for name in self._names}
         state.set_masks(masks)
         excess = DensityExcess()

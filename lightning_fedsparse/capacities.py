@@ -1,8 +1,7 @@
 """Who can hold how much: a capacity, the share of a model's weights, for every client.
 
 Capacities are listed in client order, named by client, given as shares of the clients per level, or computed by a
-function of the client. Methods whose clients differ in size (:mod:`~lightning_fedsparse.callbacks.importance_masking`)
-read them; they are fixed for the run.
+function of the client. Methods whose clients differ in size or sparsity read them; they are fixed for the run.
 """
 
 import math
@@ -20,6 +19,7 @@ __all__ = [
     "CapacityList",
     "CapacityMapping",
     "CapacityShares",
+    "held_count",
     "listed_capacities",
     "mapped_capacities",
     "require_capacity",
@@ -36,6 +36,22 @@ def require_capacity(capacity: float, where: str) -> float:
     if not 0 < capacity <= 1:
         raise ValueError(f"expected a capacity in (0, 1], got {capacity} {where}")
     return float(capacity)
+
+
+def held_count(capacity: float, total: int, where: str) -> int:
+    """How many of ``total`` weights a capacity holds: all but ``round((1 - capacity) * total)``, as a sparsity leaves.
+
+    Raises:
+        ValueError: If none is left, naming ``where`` the capacity comes from.
+
+    Example:
+        >>> held_count(0.25, 10, "for an example")
+        2
+    """
+    count = total - round((1 - capacity) * total)
+    if count == 0:
+        raise ValueError(f"expected a capacity that holds at least one of {total} weights, got {capacity} {where}")
+    return count
 
 
 def listed_capacities(client_ids: Sequence[str], values: Sequence[float]) -> dict[str, float]:

@@ -126,6 +126,12 @@ class FederatedDataModule(LightningDataModule):
             partial(loader, val, train=False) if val.size else None,
         )
 
+    @property
+    def capacities(self) -> dict[str, float]:
+        """Every client's capacity by its id; empty where clients have none."""
+        self.setup("fit")
+        return dict(self._capacity_of)
+
     def num_examples(self, client_id: str) -> int:
         """Training examples of one client."""
         return self.client(client_id).num_examples

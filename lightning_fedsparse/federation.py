@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning_fedsparse.broadcasting import Broadcaster, pack_masks, unpack_masks
@@ -55,7 +55,9 @@ class Federation:
             )
         weights = {name: tensors[name] for name in self.state.weights}
         buffers = {name: tensors[name] for name in self.state.buffers}
-        self.state = ServerState(weights, buffers, unpack_masks(saved["masks"]), saved["methods"])
+        self.state = replace(
+            self.state, weights=weights, buffers=buffers, masks=unpack_masks(saved["masks"]), methods=saved["methods"]
+        )
         self.optimizer.load_state_dict(self.state, saved["optimizer"])
         self.broadcaster.load_state_dict(saved["broadcaster"])
         self.memories = saved["memories"]

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,7 +63,7 @@ class FederatedLoop:
         trainer: Keyword arguments of the clients' ``lightning.pytorch.Trainer``, such as ``{"max_epochs": 5}`` (local
             epochs, 1 if neither epochs nor steps are given). Plain Lightning callbacks go here; every client round gets
             pristine copies of them.
-        aggregator: How updates are merged; if None, ``MaskedMean()`` where the method's clients hold different parts of
+        aggregator: How updates are merged; if None, ``MaskedMean`` where the method's clients hold different parts of
             the model, else ``WeightedMean()`` (FedAvg).
         server_optimizer: Makes the server's optimizer on the pseudo-gradient; SGD with learning rate 1 if None.
         executor: Where client rounds run; in this process if None.
@@ -262,7 +263,7 @@ class FederatedLoop:
             yield update
 
     def _aggregate(self, updates: Iterable[SparseUpdate], rule: UploadRule, tally: RoundTally) -> dict[str, Tensor]:
-        aggregator = self.aggregator or (MaskedMean() if rule.absent == "unheld" else WeightedMean())
+        aggregator = self.aggregator or (MaskedMean(rule.weighting) if rule.absent == "unheld" else WeightedMean())
         aggregator.start(self._federation.state.tensors)
         for update in updates:
             aggregator.add(update)
@@ -334,9 +335,8 @@ class FederatedLoop:
         self._data = data
         self._methods = [callback for callback in self.callbacks if isinstance(callback, SparsityCallback)]
         self._cohort = ()
-        self._federation = Federation(
-            ServerState.of(model), ServerOptimizer(self._server_optimizer), Broadcaster(self.wire)
-        )
+        state = replace(ServerState.of(model), capacities=data.capacities)
+        self._federation = Federation(state, ServerOptimizer(self._server_optimizer), Broadcaster(self.wire))
         self._sample(0)  # a cohort larger than the population is an error now, not after the first evaluation
         self._evaluator = Evaluator(model, data, self.evaluation, self.trainer)
         self.wire.check(self._methods, data.client_ids)

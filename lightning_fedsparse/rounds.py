@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from lightning_fedsparse.schedules import Progress
 from lightning_fedsparse.update import Absent, Kind, MaskSet
@@ -66,8 +67,11 @@ class UploadRule:
         kind: Weights, or deltas against the broadcast.
         absent: What a coordinate that is not sent means.
         extra_values: How many values an upload may hold beyond the broadcast's support.
+        weighting: How the holders of a coordinate count where others don't hold it, unless the loop has an aggregator of
+            its own.
     """
 
     kind: Kind = "weights"
     absent: Absent = "unchanged"
     extra_values: int = 0
+    weighting: Literal["uniform", "examples"] = "uniform"

@@ -31,12 +31,14 @@ class ServerState:
         buffers: Global buffers by name (BatchNorm statistics and the like).
         masks: The masks in force, for every parameter a mask or None; a new set when masks move.
         methods: The methods' own state, by a key of their choice: tensors and primitives only.
+        capacities: Share of the weights that each client can hold, by id; empty where clients have none of their own.
     """
 
     weights: dict[str, Tensor]
     buffers: dict[str, Tensor]
     masks: MaskSet
     methods: dict[str, Any] = field(default_factory=dict)
+    capacities: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, module: nn.Module) -> ServerState:

@@ -10,14 +10,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Absent", "Kind", "MaskSet", "SparseUpdate", "gather", "kept_positions", "reconstruct", "scatter_"]
+__all__ = [
+    "Absent",
+    "Kind",
+    "MaskSet",
+    "SparseUpdate",
+    "gather",
+    "kept_positions",
+    "reconstruct",
+    "remask",
+    "scatter_",
+]
 
 Kind = Literal["weights", "delta"]
 Absent = Literal["zero", "unchanged", "unheld"]
@@ -147,6 +157,20 @@ def gather(tensors: Mapping[str, Tensor], masks: Masks) -> dict[str, Tensor]:
             where = masks.positions(name) if isinstance(masks, MaskSet) else kept_positions(mask)
             values[name] = tensor.reshape(-1).take(where)
     return values
+
+
+def remask(update: SparseUpdate, tensors: Mapping[str, Tensor], masks: Masks) -> SparseUpdate:
+    """The update with other masks for some parameters, and the values that these keep.
+
+    Args:
+        update: An update; it is left as it is.
+        tensors: Parameters by name, at least those of ``masks``.
+        masks: For each parameter that changes a bool tensor or None.
+    """
+    # the order of names is the model's: a mapping that is merged keeps it
+    merged = MaskSet.of({**update.masks, **masks})
+    values = {**update.values, **gather(tensors, masks)}
+    return replace(update, values=values, masks=merged, mask_id=None if merged.is_dense else merged.id)
 
 
 @torch.no_grad()

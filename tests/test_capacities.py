@@ -16,6 +16,7 @@ from lightning_fedsparse.capacities import (
     CapacityList,
     CapacityMapping,
     CapacityShares,
+    held_count,
     listed_capacities,
     mapped_capacities,
     shared_capacities,
@@ -91,6 +92,17 @@ def test_shares_come_from_a_recipe() -> None:
         ),
     }.items():
         assert parser.instantiate(parser.parse_args([f"--capacities={text}"])).capacities == expected
+
+
+def test_what_a_federation_knows_of_its_clients_capacities() -> None:
+    assert data(CapacityList([1.0, 0.5, 0.25, 0.125])).capacities == {"a": 1.0, "b": 0.5, "c": 0.25, "d": 0.125}
+    assert data(None).capacities == {}
+
+
+def test_a_capacity_holds_what_a_sparsity_leaves() -> None:
+    assert [held_count(capacity, 10, "") for capacity in (1.0, 0.5, 0.25, 0.06)] == [10, 5, 2, 1]
+    with pytest.raises(ValueError, match="holds at least one of 10 weights, got 0.05 for client 'a'"):
+        held_count(0.05, 10, "for client 'a'")
 
 
 @pytest.mark.parametrize("capacity", [0.0, -0.5, 1.5, float("nan")])

@@ -12,7 +12,7 @@ from lightning_fedsparse import FederatedLoop
 from lightning_fedsparse.callbacks import feddip
 from lightning_fedsparse.sampling import UniformSampling
 from lightning_fedsparse.seeding import derive_seed
-from tests.test_loop import QUIET, Net, clients, loaders
+from tests.test_loop import QUIET, Net, assert_smaller_clients_send_less, clients, loaders
 
 ROUNDS, PERIOD, PER_ROUND, EPOCHS, SEED = 7, 2, 3, 2, 5
 START, END, LAMBDA, LEVELS = 0.3, 0.7, 0.05, 4
@@ -53,7 +53,22 @@ def erk_mask(weights, sparsity):
     return masks
 
 
-def feddip_by_hand(model, data, regrow, residual):
+def held(weights, masks, capacity):
+    """The largest weights on the mask, as many as the capacity holds."""
+    total = sum(mask.numel() for mask in masks.values())
+    count = total - round((1 - capacity) * total)
+    ranked = sorted(
+        ((abs(float(weights[n].flatten()[i])), n, i) for n in PRUNED for i in masks[n].flatten().nonzero().flatten()),
+        key=lambda entry: entry[0],
+        reverse=True,
+    )
+    own = {name: torch.zeros_like(mask) for name, mask in masks.items()}
+    for _, name, i in ranked[:count]:
+        own[name].view(-1)[i] = True
+    return own, max(0, count - len(ranked))
+
+
+def feddip_by_hand(model, data, regrow, residual, capacities=None):
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     masks = erk_mask({name: state[name] for name in PRUNED}, START)
     residuals = {}
@@ -66,10 +81,16 @@ def feddip_by_hand(model, data, regrow, residual):
         strength = LAMBDA * (t * LEVELS // ROUNDS) / LEVELS
         cohort = UniformSampling().sample(list(data), PER_ROUND, seed=SEED, round_index=t)
         sums = {name: torch.zeros_like(tensor, dtype=torch.float64) for name, tensor in state.items()}
+        holders = {name: torch.zeros_like(state[name]) for name in PRUNED}
+        whole = 0
+        server_masks = masks
         for client in cohort:
             torch.manual_seed(derive_seed(SEED, "client", t, client))
             local = copy.deepcopy(model)
-            local.load_state_dict(state)
+            room = math.inf
+            if capacities:
+                masks, room = held(state, server_masks, capacities[client])
+            local.load_state_dict(state | {name: state[name] * masks[name] for name in PRUNED})
             weights = dict(local.named_parameters())
             if residual == "keep" and client in residuals:
                 old_masks, kept = residuals[client]
@@ -98,7 +119,7 @@ def feddip_by_hand(model, data, regrow, residual):
                     sent[name] = sent[name] * masks[name]
                 if regrow == "candidates" and last_before:
                     wanted = global_mask({name: weights[name].detach() for name in PRUNED}, scheduled(t + 1))
-                    limit = int(0.1 * sum(int(m.sum()) for m in masks.values()))
+                    limit = min(room, int(0.1 * sum(int(m.sum()) for m in masks.values())))
                     offered = [
                         (abs(float(off[name].flatten()[i])), name, i)
                         for name in PRUNED
@@ -111,8 +132,16 @@ def feddip_by_hand(model, data, regrow, residual):
             residuals[client] = (masks, kept)
             for name, tensor in sent.items():
                 sums[name] += len(data[client]) * tensor.double()
+            for name in PRUNED:
+                holders[name] += len(data[client]) * masks[name]
+            if all(torch.equal(masks[name], server_masks[name]) for name in PRUNED):
+                whole += len(data[client])
         total = sum(len(data[client]) for client in cohort)
+        masks, before = server_masks, state
         state = {name: (value / total).to(state[name].dtype) for name, value in sums.items()}
+        for name in PRUNED if capacities else ():
+            mean = torch.where(holders[name] > 0, sums[name] / holders[name], before[name])
+            state[name] = torch.where(masks[name], mean, sums[name] / max(whole, 1))
         if regrow == "nested":
             for name in PRUNED:
                 state[name] = state[name] * masks[name]
@@ -124,11 +153,33 @@ def feddip_by_hand(model, data, regrow, residual):
 @pytest.mark.parametrize("residual", ["drop", "keep"])
 @pytest.mark.parametrize("regrow", ["candidates", "nested", "dense"])
 def test_federation_equals_feddip_by_hand(regrow, residual):
+    check_against_hand(regrow, residual)
+
+
+CAPACITIES = {"c0": 0.1, "c1": 1.0, "c2": 0.4, "c3": 0.75, "c4": 0.1, "c5": 0.4}
+
+
+@pytest.mark.parametrize("residual", ["drop", "keep"])
+@pytest.mark.parametrize("regrow", ["candidates", "nested"])
+def test_federation_of_clients_of_different_sparsity_equals_one_by_hand(regrow, residual):
+    loop = check_against_hand(regrow, residual, CAPACITIES)
+    assert_smaller_clients_send_less(loop, CAPACITIES)
+
+
+def test_clients_that_hold_everything_are_clients_without_capacities():
+    plain = check_against_hand("candidates", "drop")
+    whole = check_against_hand("candidates", "drop", dict.fromkeys(CAPACITIES, 1.0))
+    for name, weight in plain.state.weights.items():
+        torch.testing.assert_close(whole.state.weights[name], weight, rtol=0, atol=1e-14)
+        assert plain.state.masks[name] is None or torch.equal(plain.state.masks[name], whole.state.masks[name])
+
+
+def check_against_hand(regrow, residual, capacities=None):
     # float64, so that the order of sums can't blur what is compared
     torch.manual_seed(3)
     model = Net().double()
     data = {name: TensorDataset(part.tensors[0].double(), part.tensors[1]) for name, part in clients().items()}
-    state, masks = feddip_by_hand(copy.deepcopy(model), data, regrow, residual)
+    state, masks = feddip_by_hand(copy.deepcopy(model), data, regrow, residual, capacities)
     callbacks = feddip(
         sparsity=END,
         initial_sparsity=START,
@@ -141,7 +192,8 @@ def test_federation_equals_feddip_by_hand(regrow, residual):
     loop = FederatedLoop(
         ROUNDS, PER_ROUND, callbacks, {"max_epochs": EPOCHS}, seed=SEED, evaluation=QUIET, console=False
     )
-    loop.fit(model, loaders(data))
+    loop.fit(model, loaders(data, capacities))
+    assert not any(record.failures for record in loop.history)
     for name in PRUNED:
         assert torch.equal(loop.state.masks[name], masks[name])
     for name, tensor in model.state_dict().items():
@@ -150,3 +202,4 @@ def test_federation_equals_feddip_by_hand(regrow, residual):
     zeros = sum(int((model.state_dict()[name] == 0).sum()) for name in PRUNED)
     last = PERIOD * math.floor((ROUNDS - 1) / PERIOD)
     assert zeros == round(scheduled(last) * total)
+    return loop

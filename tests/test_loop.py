@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedsparse import FederatedDataModule, FederatedLoop
 from lightning_fedsparse.callbacks import feddip
+from lightning_fedsparse.capacities import CapacityMapping
 from lightning_fedsparse.evaluation import Evaluation
 from lightning_fedsparse.sampling import UniformSampling
 from lightning_fedsparse.seeding import derive_seed
@@ -50,8 +51,24 @@ def clients(count=6, examples=20):
     return data
 
 
-def loaders(data):
-    return FederatedDataModule({name: DataLoader(part, batch_size=8, shuffle=True) for name, part in data.items()})
+def loaders(data, capacities=None):
+    own = {name: DataLoader(part, batch_size=8, shuffle=True) for name, part in data.items()}
+    return FederatedDataModule(own, capacities=CapacityMapping(capacities) if capacities else None)
+
+
+def assert_smaller_clients_send_less(loop, capacities):
+    """In every round but a dense first one, both ways, the smallest clients move fewer bytes than all larger ones."""
+    least = min(capacities.values())
+    compared = 0
+    for record in loop.history[2:]:
+        for way in ("down", "up"):
+            totals = {client: getattr(traffic, way).total for client, traffic in record.clients.items()}
+            small = [total for client, total in totals.items() if capacities[client] == least]
+            large = [total for client, total in totals.items() if capacities[client] > least]
+            if small and large:
+                assert max(small) < min(large)
+                compared += 1
+    assert compared
 
 
 def plain_fedavg(model, data, *, rounds, per_round, epochs, seed):

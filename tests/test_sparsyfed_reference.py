@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor
@@ -16,10 +18,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedsparse import FederatedLoop
-from lightning_fedsparse.callbacks import sparsyfed
+from lightning_fedsparse.callbacks import MaskMonitor, SparsityMonitor, TopKAfterTraining, sparsyfed
 from lightning_fedsparse.sampling import UniformSampling
+from lightning_fedsparse.schedules import ConstantSchedule
 from lightning_fedsparse.seeding import derive_seed
-from tests.test_loop import QUIET, Net, clients, loaders
+from tests.test_loop import QUIET, Net, assert_smaller_clients_send_less, clients, loaders
 
 ROUNDS, PER_ROUND, EPOCHS, SEED, SPARSITY = 6, 3, 2, 5, 0.8
 PRUNED = ("first.weight", "last.weight")
@@ -71,6 +74,15 @@ def beta_of(weights: dict[str, Tensor], exponent: str, beta: float) -> dict[str,
     return own
 
 
+def pruned(state: dict[str, Tensor], sparsity: float) -> dict[str, Tensor]:
+    """One ranking over both layers."""
+    order = torch.cat([state[name].abs().flatten() for name in PRUNED]).argsort(stable=True)
+    keep = torch.ones(len(order), dtype=torch.float64)
+    keep[order[: round(sparsity * len(order))]] = 0
+    parts = keep.split([state[name].numel() for name in PRUNED])
+    return state | {name: state[name] * part.view(state[name].shape) for name, part in zip(PRUNED, parts, strict=True)}
+
+
 def sparsyfed_by_hand(
     model: Net,
     data: dict[str, TensorDataset],
@@ -81,6 +93,7 @@ def sparsyfed_by_hand(
     activation_threshold: str = "per_batch",
     ramp: float = 0.0,
     learning_rate_decay: float = 1.0,
+    capacities: dict[str, float] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Returns what forward uses, and the support."""
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -95,7 +108,8 @@ def sparsyfed_by_hand(
         for client in cohort:
             torch.manual_seed(derive_seed(SEED, "client", t, client))
             local = copy.deepcopy(model)
-            local.load_state_dict(state)
+            own = capacities[client] if capacities else 1.0
+            local.load_state_dict(state if t == 0 or own == 1 else pruned(state, 1 - own))
             weights = dict(local.named_parameters())
             betas = beta_of({name: weights[name] for name in PRUNED}, exponent, beta)
             optimizer = local.configure_optimizers()
@@ -113,12 +127,7 @@ def sparsyfed_by_hand(
                     loss_at(local, powers, x, y, activation_pruning, first).backward()
                     optimizer.step()
             sent = {name: tensor.clone() for name, tensor in local.state_dict().items()}
-            order = torch.cat([sent[name].abs().flatten() for name in PRUNED]).argsort(stable=True)
-            keep = torch.ones(len(order), dtype=torch.float64)
-            keep[order[: round(sparsity * len(order))]] = 0
-            for name, part in zip(PRUNED, keep.split([sent[name].numel() for name in PRUNED]), strict=True):
-                sent[name] = sent[name] * part.view(sent[name].shape)
-            for name, tensor in sent.items():
+            for name, tensor in pruned(sent, max(sparsity, 1 - own)).items():
                 sums[name] += len(data[client]) * tensor.double()
         total = sum(len(data[client]) for client in cohort)
         state = {name: (value / total).to(state[name].dtype) for name, value in sums.items()}
@@ -144,23 +153,38 @@ def sparsyfed_by_hand(
 )
 def test_federation_equals_sparsyfed_by_hand(options: dict[str, Any]) -> None:
     # float64, so that the order of sums can't blur what is compared
+    check_against_hand(sparsyfed(sparsity=SPARSITY, **options), **options)
+
+
+def test_federation_equals_the_top_k_baseline_by_hand() -> None:
+    """Plain weights, exact gradients, the largest weights after training; monitors change nothing."""
+    topk = TopKAfterTraining(ConstantSchedule(SPARSITY))
+    check_against_hand([topk], beta=1.0, activation_pruning=False)
+    check_against_hand([topk, MaskMonitor(), SparsityMonitor()], beta=1.0, activation_pruning=False)
+
+
+@pytest.mark.parametrize("options", [{}, {"beta": 1.0, "activation_pruning": False}, {"ramp": 0.5}])
+def test_federation_of_clients_of_different_sparsity_equals_one_by_hand(options: dict[str, Any]) -> None:
+    capacities = {"c0": 0.1, "c1": 0.15, "c2": 1.0, "c3": 0.1, "c4": 0.15, "c5": 0.3}
+    loop = check_against_hand(sparsyfed(sparsity=SPARSITY, **options), capacities=capacities, **options)
+    assert_smaller_clients_send_less(loop, capacities)
+
+
+def check_against_hand(
+    callbacks: Sequence[pl.Callback], *, capacities: dict[str, float] | None = None, **options: Any
+) -> FederatedLoop:
     torch.manual_seed(3)
     model = Net().double()
     data = {name: TensorDataset(part.tensors[0].double(), part.tensors[1]) for name, part in clients().items()}
-    state, support = sparsyfed_by_hand(copy.deepcopy(model), data, **options)
+    state, support = sparsyfed_by_hand(copy.deepcopy(model), data, capacities=capacities, **options)
     loop = FederatedLoop(
-        ROUNDS,
-        PER_ROUND,
-        sparsyfed(sparsity=SPARSITY, **options),
-        {"max_epochs": EPOCHS},
-        seed=SEED,
-        evaluation=QUIET,
-        console=False,
+        ROUNDS, PER_ROUND, callbacks, {"max_epochs": EPOCHS}, seed=SEED, evaluation=QUIET, console=False
     )
-    loop.fit(model, loaders(data))
+    loop.fit(model, loaders(data, capacities))
     assert all(not record.failures for record in loop.history)
     for name in PRUNED:
         assert torch.equal(loop.state.masks[name], support[name])
         assert torch.equal(model.state_dict()[name] != 0, support[name])
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(tensor, state[name], rtol=0, atol=1e-12)
+    return loop

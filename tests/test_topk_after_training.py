@@ -218,6 +218,19 @@ def test_clients_of_different_size() -> None:
     assert sum(int(model.get_parameter(name).count_nonzero()) for name in PRUNED) == small
 
 
+@pytest.mark.parametrize(("capacity", "floor"), [(1e-4, 0.0), (0.05, 0.1)])
+def test_a_capacity_that_holds_too_little_is_refused_before_the_first_round(capacity: float, floor: float) -> None:
+    topk = TopKAfterTraining(ConstantSchedule(0.8), layer_floor=floor)
+    wanted = "above the layer_floor of 0.1" if floor else f"that holds at least one of {SIZE} weights"
+    loop = FederatedLoop(3, 1, [topk], evaluation=QUIET, console=False)
+    data = loaders(clients(3), {"c0": 1.0, "c1": 1.0, "c2": capacity})
+    with pytest.raises(ValueError, match=rf"expected a capacity {wanted}, got {capacity} for client 'c2'"):
+        loop.fit(Net(), data)
+    assert not loop.history
+    with pytest.raises(ValueError, match=rf"expected a capacity {wanted}, got {capacity} to evaluate at"):
+        topk.to_effective_(dict(Net().named_parameters()), capacity)
+
+
 def test_no_exponent_and_no_sparsity_is_fedavg_to_the_bit() -> None:
     torch.manual_seed(0)
     expected = plain_fedavg(Net(), clients(), rounds=3, per_round=3, epochs=2, seed=0)
