@@ -9,15 +9,19 @@ from lightning_fedsparse.callbacks.dynamic_pruning import DynamicPruning
 from lightning_fedsparse.callbacks.error_feedback import ErrorFeedback
 from lightning_fedsparse.callbacks.feddip import feddip
 from lightning_fedsparse.callbacks.fiarse import fiarse
+from lightning_fedsparse.callbacks.fixed_mask import FixedMask
+from lightning_fedsparse.callbacks.forward_pruning import ForwardPruning
 from lightning_fedsparse.callbacks.importance_masking import ImportanceMasking
 from lightning_fedsparse.callbacks.incremental_regularization import IncrementalRegularization
 from lightning_fedsparse.callbacks.magnitude_pruning import MagnitudePruning
 from lightning_fedsparse.callbacks.mask_monitor import MaskMonitor
 from lightning_fedsparse.callbacks.powerpropagation import Powerpropagation
+from lightning_fedsparse.callbacks.proximal_term import ProximalTerm
 from lightning_fedsparse.callbacks.round_learning_rate import RoundLearningRate
 from lightning_fedsparse.callbacks.sparsity_monitor import SparsityMonitor
 from lightning_fedsparse.callbacks.sparsyfed import sparsyfed
 from lightning_fedsparse.callbacks.topk_after_training import TopKAfterTraining
+from lightning_fedsparse.callbacks.zerofl import zerofl
 
 __all__ = [
     "ActivationPruning",
@@ -28,11 +32,14 @@ __all__ = [
     "DynamicPruning",
     "EffectiveWeightCallback",
     "ErrorFeedback",
+    "FixedMask",
+    "ForwardPruning",
     "ImportanceMasking",
     "IncrementalRegularization",
     "MagnitudePruning",
     "MaskMonitor",
     "Powerpropagation",
+    "ProximalTerm",
     "RoundLearningRate",
     "SparsityCallback",
     "SparsityMonitor",
@@ -40,4 +47,5 @@ __all__ = [
     "feddip",
     "fiarse",
     "sparsyfed",
+    "zerofl",
 ]

@@ -85,6 +85,7 @@ class ActivationPruning(SparsityCallback):
             rest of ``fit`` (of the client's round in a federation).
         density_floor: Least share of a layer's input that is kept, in (0, 1]; the released code's is 1e-7, and 0.01 for
             vision transformers.
+        first_layer: Whether the first of the selected layers takes part; its input are the examples themselves.
         include: Globs of weight names whose layers' inputs are pruned, instead of all convolution and linear layers.
         exclude: Globs of weight names whose layers are left alone.
 
@@ -99,6 +100,7 @@ class ActivationPruning(SparsityCallback):
         *,
         threshold: Literal["per_batch", "first_batch"] = "per_batch",
         density_floor: float = 1e-7,
+        first_layer: bool = True,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
     ) -> None:
@@ -109,6 +111,7 @@ class ActivationPruning(SparsityCallback):
             raise ValueError(f"expected density_floor in (0, 1], got {density_floor}")
         self.threshold = threshold
         self.density_floor = density_floor
+        self.first_layer = first_layer
         self.include = tuple(include)
         self.exclude = tuple(exclude)
         self._thresholds: dict[str, float] = {}
@@ -130,7 +133,8 @@ class ActivationPruning(SparsityCallback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._remove_hooks()
-        for name, layer in _layers(pl_module, prunable_parameters(pl_module, self.include, exclude=self.exclude)):
+        weights = prunable_parameters(pl_module, self.include, exclude=self.exclude, first_layer=self.first_layer)
+        for name, layer in _layers(pl_module, weights):
             # the last to see the input and the first to leave, so that the context holds the layer's own forward only
             enter = layer.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True)
             leave = layer.register_forward_hook(partial(self._leave, name), prepend=True, always_call=True)

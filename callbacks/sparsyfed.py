@@ -88,7 +88,12 @@ def sparsyfed(
     callbacks = CallbackList([topk, power])
     if activation_pruning:
         callbacks.append(
-            ActivationPruning(threshold=activation_threshold, density_floor=activation_density_floor, **selection)
+            ActivationPruning(
+                threshold=activation_threshold,
+                density_floor=activation_density_floor,
+                include=selection["include"],
+                exclude=selection["exclude"],
+            )
         )
     if learning_rate_decay != 1:
         callbacks.append(RoundLearningRate(ExponentialSchedule(learning_rate_decay, learning_rate_decay)))

@@ -27,7 +27,7 @@ _PRUNABLE_TYPES = (
 
 
 def prunable_parameters(
-    module: nn.Module, include: Sequence[str] = (), *, exclude: Sequence[str] = ()
+    module: nn.Module, include: Sequence[str] = (), *, exclude: Sequence[str] = (), first_layer: bool = True
 ) -> dict[str, nn.Parameter]:
     """Select the parameters that a sparsity applies to.
 
@@ -36,6 +36,7 @@ def prunable_parameters(
         include: Name globs (case-sensitive, ``*`` also crosses dots), each matched against full parameter names. If
             given, they replace the default selection, and any floating-point parameter can be selected.
         exclude: Name globs of parameters to leave out of the selection.
+        first_layer: Whether the first of the selected stays, as the module orders them.
 
     Returns:
         Parameters by the name that ``named_parameters()`` gives them, in its order; a tied parameter once.
@@ -59,6 +60,8 @@ def prunable_parameters(
         weights = {id(p) for layer in layers for name, p in layer.named_parameters(recurse=False) if name == "weight"}
         chosen = {name for name, p in floating.items() if id(p) in weights}
     selected = {name: p for name, p in floating.items() if name in chosen and name not in exempt}
+    if not first_layer:
+        selected = dict(list(selected.items())[1:])
     if not selected:
         raise ValueError(
             f"expected a model with something to prune, got {type(module).__name__} without a prunable parameter: "

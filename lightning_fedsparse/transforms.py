@@ -18,7 +18,8 @@ class Transform(ABC):
     """One step between stored and effective weights, over the weights named ``names``.
 
     ``order`` fixes the place in the chain whatever the order of the callbacks: reparametrizations (0) see the stored
-    weight, masks (1) come next, and penalties (2), which change no weight, see the effective one.
+    weight, masks (1) come next, and penalties (2), which change no weight, see the effective one. Gradients take the way
+    back, so that a penalty of the stored weight itself (-1) gets them last.
     """
 
     order: ClassVar[int]

@@ -358,6 +358,11 @@ def test_a_checkpoint_folds_no_threshold_of_activations_into_weights(tmp_path: P
         assert torch.equal(folded.get_parameter(name), parameter)
 
 
+def test_the_first_layer_may_be_left_alone(compressed: list[Any]) -> None:
+    quiet_trainer([prune(), ActivationPruning(first_layer=False)]).fit(seeded(Net), loader())
+    assert len(compressed) == 5 * 2  # one of two layers, five batches, two epochs
+
+
 def test_the_density_follows_the_layers_own_effective_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, float]] = []
     original = activation_threshold

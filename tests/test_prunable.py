@@ -67,6 +67,12 @@ def test_exclude_takes_away():
     assert list(prunable_parameters(Net(), ["*.weight"], exclude=["norm.*", "head.*"])) == ["conv.weight"]
 
 
+def test_the_first_may_be_left_out():
+    assert list(prunable_parameters(Net(), first_layer=False)) == ["head.1.weight"]
+    with pytest.raises(ValueError, match="got Net without a prunable parameter"):
+        prunable_parameters(Net(), exclude=["conv.*"], first_layer=False)
+
+
 def test_globs_are_case_sensitive():
     with pytest.raises(ValueError, match=r"got 'Conv\.\*'"):
         prunable_parameters(Net(), ["Conv.*"])

@@ -129,6 +129,44 @@ loop:
     assert [type(callback).__name__ for callback in callbacks] == ["MagnitudePruning"]
 
 
+PARTNERS = {
+    "TopKAfterTraining": "{schedule: {class_path: lightning_fedsparse.schedules.ConstantSchedule, init_args: {value: 0.9}}}",
+    "FixedMask": "{sparsity: 0.9}",
+    "ForwardPruning": "{sparsity: 0.9, first_layer: false, exclude: ['*layers.8*']}",
+}
+
+
+@pytest.mark.parametrize("name", PARTNERS)
+def test_a_partner_to_compare_with_is_a_list_with_monitors(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "partner.yaml"
+    path.write_text(
+        f"""
+loop:
+  rounds: 1
+  clients_per_round: 1
+  evaluation: {{split: none}}
+  callbacks:
+    - class_path: lightning_fedsparse.callbacks.{name}
+      init_args: {PARTNERS[name]}
+    - class_path: lightning_fedsparse.callbacks.MaskMonitor
+    - class_path: lightning_fedsparse.callbacks.SparsityMonitor
+  trainer:
+    callbacks: [{{class_path: lightning_fedsparse.callbacks.ProximalTerm, init_args: {{mu: 0.01}}}}]
+""",
+        encoding="utf-8",
+    )
+    built = read("quickstart", f"--config={path}", "--loop.trainer.max_epochs=1").build()
+    loop = FederatedLoop(**{**built["loop"], "console": False})
+    loop.fit(built["model"], built["data"])
+    assert [type(callback).__name__ for callback in loop.callbacks] == [
+        name,
+        "MaskMonitor",
+        "SparsityMonitor",
+        "ProximalTerm",
+    ]
+    assert (loop.history[-1].sparsity > 0.8) == (name != "ForwardPruning")
+
+
 def test_a_composition_is_trainer_callbacks_too(tmp_path: Path) -> None:
     path = tmp_path / "composition.yaml"
     path.write_text("trainer: {callbacks: {class_path: lightning_fedsparse.callbacks.feddip}}", encoding="utf-8")
