@@ -13,6 +13,7 @@ from abc import abstractmethod
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -182,6 +183,11 @@ class EffectiveWeightCallback(SparsityCallback):
         engine = EffectiveWeights.of(pl_module)
         if self.folds and self.client_round is None:
             engine.fold(self)
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                # its copy goes into checkpoints also after fit: the average, which is by now what the module holds
+                average = callback._average_model if isinstance(callback, WeightAveraging) else None
+                if average is not None:
+                    average.module.load_state_dict(pl_module.state_dict())
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -18,7 +18,8 @@ to its target after the first round may die for good, of which ``CollapseMonitor
 per layer prevent it.
 
 In a plain Trainer, ``fit`` is the local training: its end prunes to the schedule's end. Put the callback before
-``Powerpropagation``, which folds its exponents in at that moment too.
+``Powerpropagation``, which folds its exponents in at that moment too. Validation during ``fit`` sees weights that are not
+cut yet; ``load_folded`` cuts those of a checkpoint that was written meanwhile.
 
 Reference: "SparsyFed", ICLR 2025, https://arxiv.org/abs/2504.05153, released code. Its text prunes the update; its code, like
 this, the weights: a sum of old weights and a pruned difference would not be sparse.
@@ -26,9 +27,9 @@ this, the weights: a sum of old weights and a pruned difference would not be spa
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -38,7 +39,7 @@ from typing_extensions import override
 from lightning_fedsparse.callbacks.base import SparsityCallback
 from lightning_fedsparse.capacities import held_count
 from lightning_fedsparse.clients import Client
-from lightning_fedsparse.masks import magnitude_masks, top_masks
+from lightning_fedsparse.masks import largest_weights
 from lightning_fedsparse.metrics import DensityExcess
 from lightning_fedsparse.narrowing import NarrowedBroadcasts
 from lightning_fedsparse.prunable import prunable_parameters
@@ -47,27 +48,7 @@ from lightning_fedsparse.schedules import Progress, Schedule
 from lightning_fedsparse.server import ServerState
 from lightning_fedsparse.update import SparseUpdate, remask
 
-__all__ = ["TopKAfterTraining", "largest_weights"]
-
-
-@torch.no_grad()
-def largest_weights(weights: Mapping[str, Tensor], sparsity: float, *, layer_floor: float = 0.0) -> dict[str, Tensor]:
-    """Masks of the non-zero weights among the ``n - round(sparsity * n)`` largest of all.
-
-    Args:
-        weights: Weights by name.
-        sparsity: Fraction of zeros over all weights together, in [0, 1).
-        layer_floor: Share of each layer's weights that is kept at least, from what others would get.
-
-    Returns:
-        A bool mask for every name.
-    """
-    ranked = dict(weights)
-    if layer_floor > 0:
-        first = top_masks(weights, {name: math.ceil(layer_floor * weight.numel()) for name, weight in weights.items()})
-        ranked = {name: weight.masked_fill(first[name], float("inf")) for name, weight in weights.items()}
-    kept = magnitude_masks(ranked, sparsity)
-    return {name: kept[name] & (weight != 0) for name, weight in weights.items()}
+__all__ = ["TopKAfterTraining"]
 
 
 class TopKAfterTraining(SparsityCallback):
@@ -116,6 +97,8 @@ class TopKAfterTraining(SparsityCallback):
         self.exclude = tuple(exclude)
         self._names: list[str] = []
         self._narrowed = NarrowedBroadcasts()
+        # what load_folded does with a checkpoint of a plain fit; a federation's holds averages, which may be denser
+        self._rule: dict[str, Any] = {}
         self._key = self._generate_state_key(include=self.include, exclude=self.exclude)
 
     @property
@@ -128,6 +111,12 @@ class TopKAfterTraining(SparsityCallback):
         return self.schedule(min(1.0, done.fraction / self.end))
 
     @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.client_round is None:
+            names = list(prunable_parameters(pl_module, self.include, exclude=self.exclude))
+            self._rule = {"names": names, "sparsity": self.target(Progress(1, 1)), "layer_floor": self.layer_floor}
+
+    @override
     @torch.no_grad()
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.client_round is not None:
@@ -136,6 +125,14 @@ class TopKAfterTraining(SparsityCallback):
         masks = largest_weights(weights, self.target(Progress(1, 1)), layer_floor=self.layer_floor)
         for name, weight in weights.items():
             weight.mul_(masks[name])
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"largest": dict(self._rule)} if self._rule else {}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._rule = dict(state_dict["largest"])
 
     # -- in a federation -------------------------------------------------------------------------------------------
 
@@ -157,6 +154,7 @@ class TopKAfterTraining(SparsityCallback):
     @override
     def on_server_start(self, pl_module: pl.LightningModule, state: ServerState, seed: int) -> ServerState:
         self._names = list(prunable_parameters(pl_module, self.include, exclude=self.exclude))
+        self._rule = {}
         for client_id, capacity in state.capacities.items():
             self._require_held(capacity, state.weights, f"for client {client_id!r}")
         return state

@@ -1,8 +1,9 @@
 """From stored weights to a servable model.
 
-A checkpoint, of a plain Trainer or of a federation, holds the stored weights and the callbacks' state. Folding applies what the state says
-(``"exponents"`` of weights that are powers of the stored ones, then ``"masks"``, then magnitude ``"thresholds"``), so that
-the plain model computes what training computed, without any callback.
+A checkpoint, of a plain Trainer or of a federation, holds the stored weights and the callbacks' state. Folding applies
+what the state says: the cut to the ``"largest"`` weights that the end of ``fit`` makes, ``"exponents"`` of weights that are
+powers of the stored ones, then ``"masks"``, then magnitude ``"thresholds"``. The plain model then computes what training
+computed, without any callback.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_fedsparse.effective import EffectiveWeights
-from lightning_fedsparse.masks import unpack_mask
+from lightning_fedsparse.masks import largest_weights, unpack_mask
 from lightning_fedsparse.powers import power_
 
 __all__ = ["fold", "load_folded"]
@@ -64,6 +65,10 @@ def load_folded(checkpoint: str | Path | Mapping[str, Any], module: Module) -> M
         )
     module.load_state_dict(content["state_dict"])
     parameters = dict(module.named_parameters())
+    for cut in _states(content, "largest"):
+        weights = {name: parameters[name] for name in cut["names"]}
+        for name, mask in largest_weights(weights, cut["sparsity"], layer_floor=cut["layer_floor"]).items():
+            weights[name].mul_(mask)
     for powers in _states(content, "exponents"):
         power_({name: parameters[name] for name in powers}, powers)
     for masks in _states(content, "masks"):

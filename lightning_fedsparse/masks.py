@@ -34,6 +34,7 @@ __all__ = [
     "importance_threshold",
     "intersection_over_union",
     "kept_counts",
+    "largest_weights",
     "magnitude_masks",
     "pack_mask",
     "random_masks",
@@ -110,6 +111,26 @@ def top_masks(tensors: Mapping[str, Tensor], kept: Mapping[str, int]) -> dict[st
         _require_count(kept[name], tensor.numel(), name)
         masks[name] = largest(magnitudes_of(name, tensor), kept[name]).view(tensor.shape)
     return masks
+
+
+@torch.no_grad()
+def largest_weights(weights: Mapping[str, Tensor], sparsity: float, *, layer_floor: float = 0.0) -> dict[str, Tensor]:
+    """Masks of the non-zero weights among the ``n - round(sparsity * n)`` largest of all.
+
+    Args:
+        weights: Weights by name.
+        sparsity: Fraction of zeros over all weights together, in [0, 1).
+        layer_floor: Share of each layer's weights that is kept at least, from what others would get.
+
+    Returns:
+        A bool mask for every name.
+    """
+    ranked = dict(weights)
+    if layer_floor > 0:
+        first = top_masks(weights, {name: math.ceil(layer_floor * weight.numel()) for name, weight in weights.items()})
+        ranked = {name: weight.masked_fill(first[name], float("inf")) for name, weight in weights.items()}
+    kept = magnitude_masks(ranked, sparsity)
+    return {name: kept[name] & (weight != 0) for name, weight in weights.items()}
 
 
 @torch.no_grad()

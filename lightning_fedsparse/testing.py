@@ -18,7 +18,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -242,5 +242,18 @@ def _require(condition: bool, expected: str) -> None:
 
 
 def _require_equal(found: Any, expected: Any, what: str) -> None:
-    """Equal to the bit, whatever the nesting of dicts, sequences and tensors."""
+    """Equal to the bit, whatever the nesting of dicts, sequences, tensors and primitives."""
+    if isinstance(expected, Mapping) and isinstance(found, Mapping):
+        _require(found.keys() == expected.keys(), f"{what} with the keys {list(expected)}, got {list(found)}")
+        for key in expected:
+            _require_equal(found[key], expected[key], f"{what}, {key}")
+        return
+    if isinstance(expected, list | tuple) and isinstance(found, list | tuple):
+        _require(len(found) == len(expected), f"{what} of {len(expected)} entries, got {len(found)}")
+        for one, other in zip(found, expected, strict=True):
+            _require_equal(one, other, what)
+        return
+    if isinstance(expected, str) or expected is None:
+        _require(found == expected, f"{what} to be {expected!r}, got {found!r}")
+        return
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{what}: {text}")

@@ -271,6 +271,31 @@ def test_a_state_that_needs_unpickling_is_found(tmp_path: Path) -> None:
         check_state_loads_with_weights_only(lambda: [SavesAnObject()], tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("state", "other"),
+    [
+        ({"mode": "a"}, {"mode": "b"}),
+        ({"names": ["a"]}, {"names": ["a", "b"]}),
+        ({"n": None}, {"n": 1}),
+        ({"n": 1}, {}),
+    ],
+)
+def test_a_state_of_words_is_compared(state: dict[str, Any], other: dict[str, Any], tmp_path: Path) -> None:
+    class Loads(pl.Callback):
+        def __init__(self, loaded: dict[str, Any]) -> None:
+            self.state, self.loaded = state, loaded
+
+        def state_dict(self) -> dict[str, Any]:
+            return self.state
+
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            self.state = self.loaded
+
+    check_resumes(lambda: [Loads(state)], tmp_path)
+    with pytest.raises(AssertionError, match="the state of Loads after resuming"):
+        check_resumes(lambda: [Loads(other)], tmp_path)
+
+
 def test_instances_that_clash_are_found() -> None:
     class Clashes(pl.Callback):
         def __init__(self, name: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor
 
-from lightning_fedsparse.callbacks import ErrorFeedback, MagnitudePruning
+from lightning_fedsparse.callbacks import ErrorFeedback, MagnitudePruning, Powerpropagation
 from lightning_fedsparse.folding import load_folded
 from lightning_fedsparse.schedules import ConstantSchedule
 from tests.effective_reference import (
@@ -169,4 +169,17 @@ def test_a_folded_checkpoint_is_the_masked_average(tmp_path: Path) -> None:
     module, served = seeded(Saves), seeded(Net)
     quiet_trainer(callbacks_with(EMAWeightAveraging(decay=DECAY), first=True, fold=True)).fit(module, loader())
     load_folded(tmp_path / "end.ckpt", served)
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), served.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("power", [True, False])
+def test_a_checkpoint_after_fit_is_what_the_module_holds(power: bool, first: bool, tmp_path: Path) -> None:
+    averaging = EMAWeightAveraging(decay=DECAY)
+    method = Powerpropagation(2.0) if power else MagnitudePruning(ConstantSchedule(0.5))
+    module = seeded(Net)
+    trainer = quiet_trainer([averaging, method] if first else [method, averaging])
+    trainer.fit(module, loader())
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    served = load_folded(tmp_path / "after.ckpt", seeded(Net))
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), served.parameters(), strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -10,14 +11,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_fedsparse import FederatedDataModule, FederatedLoop
+from lightning_fedsparse import FederatedDataModule, FederatedLoop, load_folded
 from lightning_fedsparse.aggregation import WeightedMean
 from lightning_fedsparse.callbacks import Powerpropagation, SparsityCallback, TopKAfterTraining, sparsyfed
-from lightning_fedsparse.callbacks.topk_after_training import largest_weights
 from lightning_fedsparse.capacities import CapacityMapping
+from lightning_fedsparse.masks import largest_weights
 from lightning_fedsparse.models import ResNet18
 from lightning_fedsparse.prunable import prunable_parameters
 from lightning_fedsparse.schedules import ConstantSchedule, CubicSchedule, ExponentialSchedule, LinearSchedule, Progress
@@ -100,6 +102,38 @@ def test_the_end_of_fit_prunes_exactly(callbacks: list[pl.Callback]) -> None:
     masks = largest_weights({name: plain.get_parameter(name) for name in WEIGHTS}, 0.75)
     for name in WEIGHTS:
         assert torch.equal(module.get_parameter(name), plain.get_parameter(name) * masks[name])
+
+
+@pytest.mark.parametrize("averaging", [None, "first", "last"])
+def test_a_checkpoint_from_inside_fit_loads_as_if_fit_had_ended_there(averaging: str | None, tmp_path: Path) -> None:
+    def callbacks() -> list[pl.Callback]:
+        mine: list[pl.Callback] = [TopKAfterTraining(ConstantSchedule(0.75), layer_floor=0.1), Powerpropagation(2.0)]
+        ema = [] if averaging is None else [EMAWeightAveraging(decay=0.5)]
+        return [*ema, *mine] if averaging == "first" else [*mine, *ema]
+
+    module = seeded(SmallNet)
+    save = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer = quiet_trainer([*callbacks(), save], enable_checkpointing=True)
+    trainer.fit(module, loader())
+    ended = load_folded(tmp_path / f"step={trainer.global_step}.ckpt", seeded(SmallNet))
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    again = load_folded(tmp_path / "after.ckpt", seeded(SmallNet))
+    for name in WEIGHTS:
+        torch.testing.assert_close(ended.get_parameter(name), module.get_parameter(name), rtol=0, atol=0)
+        torch.testing.assert_close(again.get_parameter(name), module.get_parameter(name), rtol=0, atol=0)
+    middle = load_folded(tmp_path / "step=3.ckpt", seeded(SmallNet))
+    assert sum(int((middle.get_parameter(name) == 0).sum()) for name in WEIGHTS) == 54
+
+
+def test_the_average_of_a_federation_is_loaded_whole(tmp_path: Path) -> None:
+    topk = TopKAfterTraining(ConstantSchedule(0.75))
+    quiet_trainer([topk]).fit(seeded(SmallNet), loader())  # what a plain fit left must not act on the federation
+    module = Net()
+    loop = FederatedLoop(2, 2, [topk], evaluation=QUIET, default_root_dir=tmp_path, console=False)
+    loop.fit(module, loaders(clients()))
+    plain = load_folded(tmp_path / "checkpoints" / "last.ckpt", Net())
+    for name, weight in module.named_parameters():
+        assert torch.equal(plain.get_parameter(name), weight)
 
 
 # -- in a federation ---------------------------------------------------------------------------------------------------
