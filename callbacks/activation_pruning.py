@@ -13,6 +13,9 @@ Memory shrinks where the layer is the only one that keeps its input: after max-p
 keeps its own output until its backward pass, so an input that comes straight from one takes the compressed copy's bytes in
 addition.
 
+A layer counts when it is called. ``nn.MultiheadAttention`` calls none of its projections: its ``out_proj`` is left alone, and
+its ``in_proj_weight`` is refused.
+
 Use it beside a callback that makes weights sparse; without one it does nothing. At 95 % sparsity accuracy hardly changes,
 beyond 99 % it suffers. Under ``torch.compile`` it works too, at the price of a graph break around each of these layers.
 
