@@ -5,6 +5,7 @@ from lightning_fedsparse.callbacks.base import CallbackList, EffectiveWeightCall
 from lightning_fedsparse.callbacks.collapse_monitor import CollapseMonitor
 from lightning_fedsparse.callbacks.compression_memory import CompressionMemory
 from lightning_fedsparse.callbacks.dense_statistics import DenseStatistics
+from lightning_fedsparse.callbacks.device_monitor import DeviceMonitor
 from lightning_fedsparse.callbacks.dynamic_pruning import DynamicPruning
 from lightning_fedsparse.callbacks.error_feedback import ErrorFeedback
 from lightning_fedsparse.callbacks.feddip import feddip
@@ -29,6 +30,7 @@ __all__ = [
     "CollapseMonitor",
     "CompressionMemory",
     "DenseStatistics",
+    "DeviceMonitor",
     "DynamicPruning",
     "EffectiveWeightCallback",
     "ErrorFeedback",

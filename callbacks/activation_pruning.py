@@ -40,19 +40,9 @@ from typing_extensions import override
 
 from lightning_fedsparse.activations import PrunedActivation, activation_threshold
 from lightning_fedsparse.callbacks.base import SparsityCallback
-from lightning_fedsparse.prunable import prunable_parameters
+from lightning_fedsparse.prunable import PRUNABLE_LAYERS, prunable_parameters
 
 __all__ = ["ActivationPruning", "saving_pruned"]
-
-_LAYERS = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Linear,
-)
 
 
 class saving_pruned(saved_tensors_hooks):  # noqa: N801  # a context manager, named like torch's
@@ -234,7 +224,7 @@ def _layers(module: nn.Module, weights: Mapping[str, nn.Parameter]) -> list[tupl
                 owners[names[id(weight)]].append(layer)
     layers: list[tuple[str, nn.Module]] = []
     for name, having in owners.items():
-        able = [layer for layer in having if isinstance(layer, _LAYERS) and layer.weight is weights[name]]
+        able = [layer for layer in having if isinstance(layer, PRUNABLE_LAYERS) and layer.weight is weights[name]]
         if not able:
             raise ValueError(
                 f"expected weights of convolution and linear layers to prune activations for, got {name!r} of a "

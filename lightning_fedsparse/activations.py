@@ -10,6 +10,8 @@ Reference: M. A. Raihan, T. M. Aamodt, "Sparse Weight Activation Training", Neur
 from __future__ import annotations
 
 import math
+from typing import ClassVar
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -58,7 +60,13 @@ class PrunedActivation:
     Args:
         activation: Floating-point tensor; it is copied.
         threshold: Magnitude from which on entries are kept, at least 0.
+
+    Attributes:
+        density: Share of the entries that were kept, in [0, 1].
+        live: All that are held at this moment.
     """
+
+    live: ClassVar[WeakSet[PrunedActivation]] = WeakSet()
 
     @torch.no_grad()
     def __init__(self, activation: Tensor, threshold: float) -> None:
@@ -76,6 +84,8 @@ class PrunedActivation:
             self._positions = positions.to(where)
         else:
             self._values = flat * kept
+        self.density = count / max(1, flat.numel())
+        PrunedActivation.live.add(self)
 
     @property
     def nbytes(self) -> int:

@@ -13,9 +13,9 @@ from fnmatch import fnmatchcase
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["prunable_parameters"]
+__all__ = ["PRUNABLE_LAYERS", "prunable_parameters"]
 
-_PRUNABLE_TYPES = (
+PRUNABLE_LAYERS = (
     nn.Conv1d,
     nn.Conv2d,
     nn.Conv3d,
@@ -24,6 +24,7 @@ _PRUNABLE_TYPES = (
     nn.ConvTranspose3d,
     nn.Linear,
 )
+"""Layers whose ``weight`` can be sparse by default."""
 
 
 def prunable_parameters(
@@ -55,7 +56,7 @@ def prunable_parameters(
     if include:
         chosen = _matching("include", include, floating)
     else:
-        layers = (child for child in module.modules() if isinstance(child, _PRUNABLE_TYPES))
+        layers = (child for child in module.modules() if isinstance(child, PRUNABLE_LAYERS))
         # by identity, because a tied weight has one name here and several owners; a parametrized one has none
         weights = {id(p) for layer in layers for name, p in layer.named_parameters(recurse=False) if name == "weight"}
         chosen = {name for name, p in floating.items() if id(p) in weights}
