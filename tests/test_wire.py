@@ -237,14 +237,13 @@ def test_rounded_uploads_change_the_mean_by_a_share_of_the_change(value_type, er
 @pytest.mark.parametrize("value_type", LOSSY)
 def test_rounded_broadcasts_are_the_same_for_all_and_the_server_stays_exact(value_type, monkeypatch):
     received = []
-    original = ClientWorker._load_broadcast
+    original = ClientWorker._load
 
-    def spy(self, job):
-        masks = original(self, job)
-        received.append({name: parameter.clone() for name, parameter in self._module.named_parameters()})
-        return masks
+    def spy(self, job, broadcast):
+        original(self, job, broadcast)
+        received.append({name: parameter.clone() for name, parameter in self.module.named_parameters()})
 
-    monkeypatch.setattr(ClientWorker, "_load_broadcast", spy)
+    monkeypatch.setattr(ClientWorker, "_load", spy)
     torch.manual_seed(0)
     start = dict(Net().named_parameters())
     loop, _ = run(wire=Wire(broadcasts=value_type, uploads="float16"))
