@@ -24,33 +24,32 @@ coordinate by the clients whose delta is not zero, every holder counts here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_fedsparse.callbacks.base import EffectiveWeightCallback
-from lightning_fedsparse.capacities import require_capacity
-from lightning_fedsparse.clients import Client
+from lightning_fedsparse.callbacks.submodel import SubmodelCallback
 from lightning_fedsparse.effective import EffectiveWeights
-from lightning_fedsparse.masks import pack_mask, unpack_mask
-from lightning_fedsparse.narrowing import NarrowedBroadcasts
 from lightning_fedsparse.prunable import prunable_parameters
-from lightning_fedsparse.rounds import ClientRound, ServerRound, UploadRule
+from lightning_fedsparse.rounds import ClientRound
 from lightning_fedsparse.server import ServerState
-from lightning_fedsparse.submodels import ImportanceTransform, extraction_groups, submodel_masks, submodel_thresholds
+from lightning_fedsparse.submodels import (
+    ImportanceTransform,
+    SubmodelTransform,
+    extraction_groups,
+    submodel_masks,
+    submodel_thresholds,
+)
 from lightning_fedsparse.transforms import Transform
-from lightning_fedsparse.update import SparseUpdate, gather, remask
 from lightning_fedsparse.value_coding import ValueType
 
 __all__ = ["ImportanceMasking"]
 
 
-class ImportanceMasking(EffectiveWeightCallback):
+class ImportanceMasking(SubmodelCallback):
     """Train the submodel of the largest weights.
 
     Args:
@@ -90,7 +89,7 @@ class ImportanceMasking(EffectiveWeightCallback):
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
     ) -> None:
-        super().__init__()
+        super().__init__(capacity, refresh_every=refresh_every, fold=fold)
         for name, value, allowed in (
             ("extraction", extraction, ("model", "tensor")),
             ("gradient", gradient, ("tcb", "plain")),
@@ -102,24 +101,15 @@ class ImportanceMasking(EffectiveWeightCallback):
             raise ValueError("expected either groups or extraction='tensor', got both")
         if not 0 <= layer_floor < 1:
             raise ValueError(f"expected a layer_floor in [0, 1), got {layer_floor}")
-        if refresh_every < 1:
-            raise ValueError(f"expected a period of at least 1, got refresh_every={refresh_every}")
-        self.capacity = require_capacity(capacity, "for ImportanceMasking")
         self.extraction = extraction
         self.groups = tuple(tuple(globs) for globs in groups)
         self.layer_floor = layer_floor
         self.gradient = gradient
         self.full_threshold = full_threshold
-        self.refresh_every = refresh_every
-        self.fold = fold
         self.include = tuple(include)
         self.exclude = tuple(exclude)
-        self.masks: dict[str, Tensor | None] = {}
         self.thresholds: dict[str, float] = {}
         self._groups: list[list[str]] = []
-        self._last_step: int | None = None
-        self._received: dict[str, Tensor] = {}
-        self._narrowed = NarrowedBroadcasts()
         self._key = self._generate_state_key(include=self.include, exclude=self.exclude)
 
     @property
@@ -131,8 +121,9 @@ class ImportanceMasking(EffectiveWeightCallback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage == "fit" and self.client_round is None:
-            self.masks, self.thresholds, self._last_step = {}, {}, None
+            self.thresholds = {}
 
     @override
     def transform(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Transform | None:
@@ -148,11 +139,6 @@ class ImportanceMasking(EffectiveWeightCallback):
                 )
         return ImportanceTransform(self.masks, self.thresholds, corrects=self.gradient == "tcb")
 
-    @property
-    @override
-    def folds(self) -> bool:
-        return self.fold
-
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -166,69 +152,32 @@ class ImportanceMasking(EffectiveWeightCallback):
                 )
 
     @override
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if self.client_round is None:
-            step = self.progress(trainer).step
-            # several batches share one step under accumulation: the submodel moves once, before the first of them
-            if step % self.refresh_every == 0 and step != self._last_step:
-                self._refresh(pl_module, step)
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-
-    def _refresh(self, pl_module: pl.LightningModule, step: int) -> None:
-        engine = EffectiveWeights.of(pl_module)
-        transform = engine.transform_of(self)
+    def refresh(self, pl_module: pl.LightningModule, transform: SubmodelTransform, step: int) -> None:
         assert isinstance(transform, ImportanceTransform)
-        with engine.stored():
-            self._extract(self._find(pl_module))
-            transform.set(self.masks, self.thresholds)
-        self._last_step = step
+        self._extract(self._find(pl_module))
+        transform.set(self.masks, self.thresholds)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        masks = {
-            name: {"bits": pack_mask(mask), "shape": list(mask.shape)}
-            for name, mask in self.masks.items()
-            if mask is not None
-        }
-        return {"masks": masks, "thresholds": dict(self.thresholds), "last_step": self._last_step}
+        return {**super().state_dict(), "thresholds": dict(self.thresholds)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
         self.thresholds = dict(state_dict["thresholds"])
-        masks = {name: unpack_mask(entry["bits"], entry["shape"]) for name, entry in state_dict["masks"].items()}
-        self.masks = {name: masks.get(name) for name in self.thresholds}
-        self._last_step = state_dict["last_step"]
+        self.masks = {name: self.masks.get(name) for name in self.thresholds}
 
-    # -- on a client -----------------------------------------------------------------------------------------------
+    # -- in a federation -------------------------------------------------------------------------------------------
 
     @override
     def on_client_round_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, client_round: ClientRound
     ) -> None:
+        super().on_client_round_start(trainer, pl_module, client_round)
         weights = self._find(pl_module)
         # what it holds contains all that ranks above the threshold, which therefore need not travel
         self.thresholds = self._thresholds(weights, client_round.capacity)
-        self.masks = {name: client_round.masks[name] for name in weights}
-        self._received = gather(dict(pl_module.named_parameters()), client_round.masks)
-
-    @override
-    def on_client_round_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, update: SparseUpdate
-    ) -> SparseUpdate:
-        assert self.client_round is not None
-        if update.kind == "delta":
-            return update  # another instance, for other weights, has done it
-        if update.masks is not self.client_round.masks:
-            raise ValueError(
-                "expected an update on the masks of the broadcast to turn into a delta, got one on others: put callbacks "
-                "that change the upload after ImportanceMasking"
-            )
-        values = {name: value - self._received[name] for name, value in update.values.items()}
-        return replace(update, values=values, kind="delta", absent="unheld")
-
-    # -- on the server ---------------------------------------------------------------------------------------------
+        self.masks = {name: self.masks[name] for name in weights}
 
     @override
     def on_server_start(self, pl_module: pl.LightningModule, state: ServerState, seed: int) -> ServerState:
@@ -236,33 +185,15 @@ class ImportanceMasking(EffectiveWeightCallback):
         return state
 
     @override
-    def client_broadcast(self, state: ServerState, client: Client, broadcast: SparseUpdate) -> SparseUpdate:
-        capacity = self.capacity if client.capacity is None else client.capacity
-        return self._narrowed.get(broadcast, capacity, lambda: self._narrow(state, capacity, broadcast))
-
-    def _narrow(self, state: ServerState, capacity: float, broadcast: SparseUpdate) -> SparseUpdate:
-        if capacity == 1:
-            return broadcast
-        weights = {name: state.weights[name] for group in self._groups for name in group}
-        masks = submodel_masks(weights, self._thresholds(weights, capacity))
-        return remask(broadcast, weights, masks)
-
-    @override
-    def upload_rule(self, state: ServerState, server_round: ServerRound) -> UploadRule | None:
-        return UploadRule(kind="delta", absent="unheld")
+    def submodel(self, weights: Mapping[str, Tensor], capacity: float, client_id: str = "") -> dict[str, Tensor]:
+        mine = {name: weights[name].detach() for group in self._groups for name in group}
+        return submodel_masks(mine, self._thresholds(mine, capacity))
 
     @override
     def refuses_values(self, *, uploads: ValueType, broadcasts: ValueType) -> str | None:
         if broadcasts == "float32":
             return None
         return "a client finds its threshold from the weights that arrive, and rounding moves weights across it"
-
-    @override
-    @torch.no_grad()
-    def to_effective_(self, weights: dict[str, Tensor], capacity: float | None = None) -> None:
-        mine = {name: weights[name] for group in self._groups for name in group}
-        for name, mask in submodel_masks(mine, self._thresholds(mine, capacity)).items():
-            mine[name].mul_(mask)
 
     # -- extraction ------------------------------------------------------------------------------------------------
 

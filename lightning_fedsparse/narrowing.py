@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 from lightning_fedsparse.update import SparseUpdate
 
@@ -10,22 +10,24 @@ __all__ = ["NarrowedBroadcasts"]
 
 
 class NarrowedBroadcasts:
-    """A round's broadcasts by capacity, each made once: clients of one capacity get one object, which is encoded once."""
+    """A round's broadcasts, by capacity or whatever tells them apart: clients that get the same get one object, which is
+    encoded once.
+    """
 
     def __init__(self) -> None:
         self._whole: SparseUpdate | None = None
-        self._of: dict[float, SparseUpdate] = {}
+        self._of: dict[Hashable, SparseUpdate] = {}
 
-    def get(self, whole: SparseUpdate, capacity: float, make: Callable[[], SparseUpdate]) -> SparseUpdate:
-        """What clients of this capacity get.
+    def get(self, whole: SparseUpdate, key: Hashable, make: Callable[[], SparseUpdate]) -> SparseUpdate:
+        """What clients of this key get.
 
         Args:
             whole: The round's broadcast; another one begins another round.
-            capacity: Of the client.
-            make: Narrows the broadcast to this capacity.
+            key: What tells these clients from others, such as their capacity.
+            make: Narrows the broadcast for them.
         """
         if whole is not self._whole:
             self._whole, self._of = whole, {}
-        if capacity not in self._of:
-            self._of[capacity] = make()
-        return self._of[capacity]
+        if key not in self._of:
+            self._of[key] = make()
+        return self._of[key]

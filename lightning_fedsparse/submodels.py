@@ -1,6 +1,6 @@
-r"""Submodels of the largest weights: their thresholds, the factor of their gradient, and their transform.
+r"""Submodels: the transform of those that a mask describes; thresholds, gradient factor and transform of the largest weights.
 
-The formulas, and where they come from, are in :mod:`lightning_fedsparse.callbacks.importance_masking`.
+The formulas of the latter, and where they come from, are in :mod:`lightning_fedsparse.callbacks.importance_masking`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from lightning_fedsparse.transforms import Transform, Weights
 
 __all__ = [
     "ImportanceTransform",
+    "SubmodelTransform",
     "extraction_groups",
     "importance_factor",
     "submodel_masks",
@@ -103,42 +104,34 @@ def submodel_masks(weights: Mapping[str, Tensor], thresholds: Mapping[str, float
     return {name: importance_masks({name: weight}, thresholds[name])[name] for name, weight in weights.items()}
 
 
-class ImportanceTransform(Transform):
-    """Keep the weights of a fixed mask that are above their threshold now.
+class SubmodelTransform(Transform):
+    """Compute with the weights of a mask alone; the others have no gradient and stay where they are.
 
     Args:
         masks: Bool tensors (True = held) by parameter name, None where everything is held.
-        thresholds: theta of every parameter, fixed until :meth:`set`.
-        corrects: Whether gradients get :func:`importance_factor`.
     """
 
     order = 1
 
-    def __init__(
-        self, masks: Mapping[str, Tensor | None], thresholds: Mapping[str, float], *, corrects: bool = True
-    ) -> None:
-        super().__init__(list(thresholds))
-        self.set(masks, thresholds)
-        self._corrects = corrects
+    def __init__(self, masks: Mapping[str, Tensor | None]) -> None:
+        super().__init__(list(masks))
+        self.set_masks(masks)
 
-    def set(self, masks: Mapping[str, Tensor | None], thresholds: Mapping[str, float]) -> None:
-        """Replace masks and thresholds of the same names; to be called inside ``EffectiveWeights.stored``."""
+    def set_masks(self, masks: Mapping[str, Tensor | None]) -> None:
+        """Replace the masks of the same names; to be called inside ``EffectiveWeights.stored``."""
         self._masks = dict(masks)
-        self._thresholds = dict(thresholds)
 
     def apply_(self, weights: Weights) -> None:
-        """Zero the weights that are not held, or below the threshold."""
+        """Zero the weights that are cut."""
         for name, weight in weights.items():
-            if not self._holds_all(name):
-                weight.masked_fill_(self._cut(name, weight), 0)
+            if (cut := self.cut(name, weight)) is not None:
+                weight.masked_fill_(cut, 0)
 
     def chain_(self, gradients: Weights, stored: Weights, effective: Weights) -> None:
-        """Zero the gradients there, and multiply the others by the factor."""
+        """Zero the gradients there."""
         for name, gradient in gradients.items():
-            if not self._holds_all(name):
-                if self._corrects:
-                    gradient.mul_(importance_factor(stored[name], self._thresholds[name]))
-                gradient.masked_fill_(self._cut(name, stored[name]), 0)
+            if (cut := self.cut(name, stored[name])) is not None:
+                gradient.masked_fill_(cut, 0)
 
     def after_step_(self, weights: Weights, before: Weights) -> None:
         """Put weights that are not held back where they were: momentum and weight decay have moved them."""
@@ -147,19 +140,54 @@ class ImportanceTransform(Transform):
             if mask is not None:
                 weight.copy_(torch.where(mask, weight, before[name]))
 
-    def _holds_all(self, name: str) -> bool:
-        return self._masks[name] is None and self._thresholds[name] == 0
-
-    def _cut(self, name: str, stored: Tensor) -> Tensor:
-        below = stored.abs() < self._thresholds[name]
+    def cut(self, name: str, stored: Tensor) -> Tensor | None:
+        """Which weights of this parameter are zero in forward; None if none is."""
         mask = self._mask(name, stored)
-        return below if mask is None else below.logical_or_(~mask)
+        return None if mask is None else ~mask
 
     def _mask(self, name: str, like: Tensor) -> Tensor | None:
         mask = self._masks[name]
         if mask is not None and mask.device != like.device:
             mask = self._masks[name] = mask.to(like.device)
         return mask
+
+
+class ImportanceTransform(SubmodelTransform):
+    """Keep the weights of a fixed mask that are above their threshold now.
+
+    Args:
+        masks: Bool tensors (True = held) by parameter name, None where everything is held.
+        thresholds: theta of every parameter, fixed until :meth:`set`.
+        corrects: Whether gradients get :func:`importance_factor`.
+    """
+
+    def __init__(
+        self, masks: Mapping[str, Tensor | None], thresholds: Mapping[str, float], *, corrects: bool = True
+    ) -> None:
+        super().__init__({name: masks[name] for name in thresholds})
+        self.set(masks, thresholds)
+        self._corrects = corrects
+
+    def set(self, masks: Mapping[str, Tensor | None], thresholds: Mapping[str, float]) -> None:
+        """Replace masks and thresholds of the same names; to be called inside ``EffectiveWeights.stored``."""
+        self.set_masks(masks)
+        self._thresholds = dict(thresholds)
+
+    def chain_(self, gradients: Weights, stored: Weights, effective: Weights) -> None:
+        """Multiply the gradients by the factor, and zero those of weights that are cut."""
+        if self._corrects:
+            for name, gradient in gradients.items():
+                if self._thresholds[name] > 0:
+                    gradient.mul_(importance_factor(stored[name], self._thresholds[name]))
+        super().chain_(gradients, stored, effective)
+
+    def cut(self, name: str, stored: Tensor) -> Tensor | None:
+        """See :meth:`SubmodelTransform.cut`: those that are not held, and those below the threshold."""
+        unheld, threshold = super().cut(name, stored), self._thresholds[name]
+        if threshold == 0:
+            return unheld  # no magnitude is below
+        below = stored.abs() < threshold
+        return below if unheld is None else below.logical_or_(unheld)
 
 
 def _floored_thresholds(members: Mapping[str, Tensor], capacity: float, floor: float) -> dict[str, float]:
