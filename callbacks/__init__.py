@@ -23,6 +23,7 @@ from lightning_fedsparse.callbacks.sparsity_monitor import SparsityMonitor
 from lightning_fedsparse.callbacks.sparsyfed import sparsyfed
 from lightning_fedsparse.callbacks.topk_after_training import TopKAfterTraining
 from lightning_fedsparse.callbacks.zerofl import zerofl
+from lightning_fedsparse.callbacks.width_masking import WidthMasking
 
 __all__ = [
     "ActivationPruning",
@@ -46,6 +47,7 @@ __all__ = [
     "SparsityCallback",
     "SparsityMonitor",
     "TopKAfterTraining",
+    "WidthMasking",
     "feddip",
     "fiarse",
     "sparsyfed",

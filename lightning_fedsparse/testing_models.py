@@ -28,6 +28,7 @@ class Classifier(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.losses: list[float] = []
+        self.example_input_array = torch.zeros(1, 1, 4, 4)
 
     @override
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:

@@ -32,6 +32,7 @@ from lightning_fedsparse.callbacks import (
     RoundLearningRate,
     SparsityMonitor,
     TopKAfterTraining,
+    WidthMasking,
     feddip,
     fiarse,
     sparsyfed,
@@ -94,6 +95,7 @@ BUILD: dict[str, Factory] = {
     "FixedMask": lambda: [FixedMask(0.5, warmup=0.3)],
     "ForwardPruning": lambda: [ForwardPruning(0.5)],
     "zerofl": lambda: zerofl(sparsity=0.6, mask_ratio=0.2),
+    "WidthMasking": lambda: [WidthMasking(0.25, refresh_every=3)],
 }
 VARIANTS: dict[str, Factory] = {
     "MagnitudePruning per layer": lambda: [pruning(scope="layer", distribution="erk", start=0.2, end=0.7)],
@@ -124,6 +126,8 @@ VARIANTS: dict[str, Factory] = {
     "zerofl as re-implemented": lambda: zerofl(
         sparsity=0.5, threshold="first_batch", overwrite=True, learning_rate_decay=0.9
     ),
+    "WidthMasking with a rolling window": lambda: [WidthMasking(0.25, "rolling", scale=True, refresh_every=3)],
+    "WidthMasking of random units": lambda: [WidthMasking(0.5, "random", refresh_every=3)],
     "feddip with residuals": lambda: feddip(sparsity=0.8, reconfigure_every=2, residual="keep"),
     "feddip with a dense aggregate": lambda: feddip(sparsity=0.8, reconfigure_every=1, regrow="dense"),
 }

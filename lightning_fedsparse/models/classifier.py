@@ -1,6 +1,6 @@
 """A LightningModule that trains any network to classify."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,8 @@ class ImageClassifier(LightningModule):
         network: Maps images to logits of shape (n, classes).
         optimizer: Makes the optimizer from the parameters; SGD with learning rate 0.1 by default.
         lr_scheduler: Makes a learning rate schedule from the optimizer, stepped after each epoch; None for none.
+        image_shape: Channels, height and width, for what looks at the network by running it once: Lightning's
+            ``example_input_array`` is then such an image of zeros.
     """
 
     def __init__(
@@ -37,11 +39,14 @@ class ImageClassifier(LightningModule):
         network: nn.Module,
         optimizer: OptimizerCallable = plain_sgd,
         lr_scheduler: LRSchedulerCallable | None = None,
+        image_shape: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.network = network
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
+        if image_shape is not None:
+            self.example_input_array = torch.zeros(1, *image_shape)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images to logits of shape (n, classes)."""
