@@ -7,6 +7,7 @@ from lightning_fedsparse.callbacks.compression_memory import CompressionMemory
 from lightning_fedsparse.callbacks.dense_statistics import DenseStatistics
 from lightning_fedsparse.callbacks.device_monitor import DeviceMonitor
 from lightning_fedsparse.callbacks.dynamic_pruning import DynamicPruning
+from lightning_fedsparse.callbacks.dynamic_sparse_training import DynamicSparseTraining
 from lightning_fedsparse.callbacks.error_feedback import ErrorFeedback
 from lightning_fedsparse.callbacks.feddip import feddip
 from lightning_fedsparse.callbacks.fiarse import fiarse
@@ -33,6 +34,7 @@ __all__ = [
     "DenseStatistics",
     "DeviceMonitor",
     "DynamicPruning",
+    "DynamicSparseTraining",
     "EffectiveWeightCallback",
     "ErrorFeedback",
     "FixedMask",

@@ -20,6 +20,7 @@ from lightning_fedsparse.callbacks import (
     DenseStatistics,
     DeviceMonitor,
     DynamicPruning,
+    DynamicSparseTraining,
     ErrorFeedback,
     FixedMask,
     ForwardPruning,
@@ -70,6 +71,10 @@ def dynamic(**options: Any) -> DynamicPruning:
     return DynamicPruning(CubicSchedule(0.2, 0.8), every=1, **options)
 
 
+def moving(**options: Any) -> DynamicSparseTraining:
+    return DynamicSparseTraining(0.5, every=1, end=1.0, **options)
+
+
 # what each exported callback needs beside it; the interfaces have nothing to conform to by themselves
 INTERFACES = {"CallbackList", "EffectiveWeightCallback", "SparsityCallback"}
 BUILD: dict[str, Factory] = {
@@ -95,6 +100,7 @@ BUILD: dict[str, Factory] = {
     "FixedMask": lambda: [FixedMask(0.5, warmup=0.3)],
     "ForwardPruning": lambda: [ForwardPruning(0.5)],
     "zerofl": lambda: zerofl(sparsity=0.6, mask_ratio=0.2),
+    "DynamicSparseTraining": lambda: [moving()],
     "WidthMasking": lambda: [WidthMasking(0.25, refresh_every=3)],
 }
 VARIANTS: dict[str, Factory] = {
@@ -136,6 +142,7 @@ PER_BATCH = {"zerofl", "zerofl as re-implemented"}
 SELECTIVE: dict[str, tuple[Callable[..., pl.Callback], Factory]] = {
     "MagnitudePruning": (pruning, lambda: [ErrorFeedback()]),
     "DynamicPruning": (dynamic, lambda: [ErrorFeedback()]),
+    "DynamicSparseTraining": (moving, list),
     "CompressionMemory": (CompressionMemory, list),
     "IncrementalRegularization": (lambda **o: IncrementalRegularization(StaircaseSchedule(0.1, 4), **o), list),
     "SparsityMonitor": (SparsityMonitor, lambda: [pruning()]),
