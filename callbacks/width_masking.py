@@ -64,7 +64,8 @@ class WidthMasking(SubmodelCallback):
         selection: Which units: the first (``"static"``), a moving window (``"rolling"``, ``"rolling_backward"``), or
             drawn ones (``"random"``).
         scale: Divide the output of every layer that lacks units by the width in training, before a normalization or a
-            nonlinearity, so that the next layer sees sums of about the same size at all widths (HeteroFL's scaler).
+            nonlinearity, so that the next layer sees sums of about the same size at all widths (HeteroFL's scaler). For
+            the whole model: a submodel is evaluated without, and biases then weigh more than they did in training.
         refresh_every: Optimizer steps in a plain Trainer that count as a round.
         fold: Whether the module holds the last submodel after a plain ``fit``; otherwise the stored weights.
 

@@ -40,6 +40,7 @@ def test_the_recipes_that_ship() -> None:
         "feddip-fashion-mnist",
         "feddip-fashion-mnist-dirichlet",
         "fiarse-fashion-mnist",
+        "heterofl-fashion-mnist",
         "pruning-only",
         "quickstart",
         "sparsyfed-fashion-mnist",
@@ -102,6 +103,14 @@ def test_the_dirichlet_recipes_differ_by_the_partition_alone() -> None:
     for config in (equal, unequal):
         config["data.init_args.partition"] = None
     assert equal == unequal
+
+
+def test_heterofl_and_fiarse_share_a_federation() -> None:
+    sparse, narrow = read("fiarse-fashion-mnist").config, read("heterofl-fashion-mnist").config
+    assert narrow["model.init_args.image_shape"] == [1, 28, 28]
+    for config in (sparse, narrow):
+        config["loop.callbacks"] = config["model.init_args.image_shape"] = None
+    assert sparse == narrow
 
 
 # -- what a recipe becomes ---------------------------------------------------------------------------------------------
