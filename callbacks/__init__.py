@@ -23,8 +23,8 @@ from lightning_fedsparse.callbacks.round_learning_rate import RoundLearningRate
 from lightning_fedsparse.callbacks.sparsity_monitor import SparsityMonitor
 from lightning_fedsparse.callbacks.sparsyfed import sparsyfed
 from lightning_fedsparse.callbacks.topk_after_training import TopKAfterTraining
-from lightning_fedsparse.callbacks.zerofl import zerofl
 from lightning_fedsparse.callbacks.width_masking import WidthMasking
+from lightning_fedsparse.callbacks.zerofl import zerofl
 
 __all__ = [
     "ActivationPruning",

@@ -10,9 +10,7 @@ __all__ = ["NarrowedBroadcasts"]
 
 
 class NarrowedBroadcasts:
-    """A round's broadcasts, by capacity or whatever tells them apart: clients that get the same get one object, which is
-    encoded once.
-    """
+    """A round's broadcasts, each made once: clients that get the same get one object, which is encoded once."""
 
     def __init__(self) -> None:
         self._whole: SparseUpdate | None = None
