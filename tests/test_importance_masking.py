@@ -535,7 +535,7 @@ def test_an_upload_beyond_the_clients_own_support_is_refused(monkeypatch: pytest
         if job.client_id != "c1":
             return result
         own = decode(result.payload, reference=self._masks[next(reversed(self._masks))])
-        dense = {name: torch.ones_like(parameter) for name, parameter in self._module.named_parameters()}
+        dense = {name: torch.ones_like(parameter) for name, parameter in self.module.named_parameters()}
         wide = replace(own, values=dense, masks=dict.fromkeys(dense), mask_id=None)
         return replace(result, payload=encode(wide))
 
