@@ -17,11 +17,13 @@ from lightning_fedsparse.datasets import (
     CIFAR10DataModule,
     FashionMNISTDataModule,
     MNISTDataModule,
+    MNISTWritersDataModule,
     OptdigitsDataModule,
 )
 from lightning_fedsparse.datasets.arrays import ready_batch
 from lightning_fedsparse.datasets.cifar import read_binary_archive, read_binary_folder, read_npz, read_python_folder
 from lightning_fedsparse.datasets.cifar10 import normalize, random_crop_flip
+from lightning_fedsparse.datasets.download import RemoteFile
 from lightning_fedsparse.datasets.idx import read_idx
 from lightning_fedsparse.partition import IidPartition, NaturalPartition, PathologicalPartition
 
@@ -433,6 +435,84 @@ def test_idx_data_modules_read_small_files(tmp_path, monkeypatch, module_class, 
     assert module.train_dataloader().dataset.client_keys is None
 
 
+# MNIST's writers: six images by three people
+
+
+def write_mnist(folder, monkeypatch):
+    folder.mkdir()
+    table = {}
+    for half, size in (("train", 6), ("t10k", 4)):
+        for name, content in (
+            ("images-idx3", idx(0x08, (size, 28, 28), bytes(size * 784))),
+            ("labels-idx1", idx(0x08, (size,), bytes(range(size)))),
+        ):
+            table[f"{half}-{name}-ubyte.gz"] = hashlib.sha256(content).hexdigest()
+            (folder / f"{half}-{name}-ubyte.gz").write_bytes(gzip.compress(content))
+    monkeypatch.setattr("lightning_fedsparse.datasets.mnist._MNIST", table)
+
+
+def qmnist_labels(classes, writers):
+    rows = [(c, 0, w, 7, 30 + c, 1000, 0, 0) for c, w in zip(classes, writers, strict=True)]
+    return gzip.compress(idx(0x0C, (len(rows), 8), b"".join(struct.pack(">8i", *row) for row in rows)), mtime=0)
+
+
+def written(tmp_path, monkeypatch, name, content):
+    write_mnist(tmp_path / "mnist", monkeypatch)
+    (tmp_path / "mnist" / name).write_bytes(content)
+    if name == LABELS:
+        file = RemoteFile(LABELS, (), hashlib.md5(content).hexdigest(), algorithm="md5")
+        monkeypatch.setattr("lightning_fedsparse.datasets.mnist_writers._LABELS", file)
+    return FederatedDataModule(MNISTWritersDataModule(str(tmp_path)), NaturalPartition())
+
+
+def npz(**arrays):
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    return content.getvalue()
+
+
+LABELS, NPZ = "qmnist-train-labels-idx2-int.gz", "qmnist-writers.npz"
+WRITERS = [2100, 5, 2100, 610, 5, 5]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [(LABELS, qmnist_labels(range(6), WRITERS)), (NPZ, npz(train_writer=np.array(WRITERS)))]
+)
+def test_mnist_writers_are_clients(tmp_path, monkeypatch, name, content):
+    data = written(tmp_path, monkeypatch, name, content)
+    assert {i: data.client(i).train_loader().dataset.indices for i in data.client_ids} == {
+        "5": [1, 4, 5],
+        "610": [3],
+        "2100": [0, 2],
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (LABELS, qmnist_labels(range(5), WRITERS[:5]), r"must have shape \(6, 8\), got \(5, 8\)"),
+        (LABELS, gzip.compress(idx(0x08, (6,), bytes(6))), r"must have shape \(6, 8\), got \(6,\)"),
+        (LABELS, qmnist_labels([1] * 6, WRITERS), "the classes in column 0 of .* are not those of MNIST's training"),
+        (NPZ, npz(other=np.zeros(6)), "lacks the array train_writer"),
+        (NPZ, npz(train_writer=np.zeros(6)), r"must be 6 integers, got float64 of shape \(6,\)"),
+        (NPZ, npz(train_writer=np.zeros(5, int)), r"must be 6 integers, got int64 of shape \(5,\)"),
+    ],
+)
+def test_mnist_writers_of_other_images(tmp_path, monkeypatch, name, content, message):
+    with pytest.raises(ValueError, match=message):
+        written(tmp_path, monkeypatch, name, content).client_ids  # noqa: B018
+
+
+def test_mnist_writers_are_downloaded_where_there_is_no_npz(tmp_path, monkeypatch):
+    write_mnist(tmp_path / "mnist", monkeypatch)
+    asked = []
+    monkeypatch.setattr("lightning_fedsparse.datasets.mnist_writers.fetch", lambda file, folder: asked.append(file))
+    MNISTWritersDataModule(str(tmp_path)).prepare_data()
+    (tmp_path / "mnist" / NPZ).write_bytes(b"")
+    MNISTWritersDataModule(str(tmp_path)).prepare_data()
+    assert [file.name for file in asked] == [LABELS]
+
+
 # published data
 
 
@@ -448,7 +528,7 @@ def test_fashion_mnist_real(real_data):
 
 def test_mnist_real_has_writers_as_clients(real_data):
     real_data("mnist")
-    data = FederatedDataModule(MNISTDataModule(), NaturalPartition())
+    data = FederatedDataModule(MNISTWritersDataModule(), NaturalPartition())
     sizes = [data.num_examples(client_id) for client_id in data.client_ids]
     assert (len(sizes), sum(sizes), min(sizes), max(sizes)) == (539, 60000, 19, 131)
     assert len(data.test_dataloader().dataset) == 10000

@@ -69,7 +69,7 @@ def server():
 
 
 def remote(server, *paths, **arguments):
-    return RemoteFile("file.bin", tuple(server.url(path) for path in paths), **{"sha256": SHA256, **arguments})
+    return RemoteFile("file.bin", tuple(server.url(path) for path in paths), **{"digest": SHA256, **arguments})
 
 
 def names(folder):
@@ -165,6 +165,13 @@ def test_a_wrong_local_file_is_left_alone(server, tmp_path):
         fetch(remote(server, "/good"), tmp_path)
     assert (tmp_path / "file.bin").read_bytes() == b"mine"
     assert server.asked == []
+
+
+def test_a_publishers_md5_is_checked_too(server, tmp_path):
+    good, bad = (hashlib.md5(content).hexdigest() for content in (CONTENT, b"bad"))
+    assert fetch(remote(server, "/good", digest=good, algorithm="md5"), tmp_path).read_bytes() == CONTENT
+    with pytest.raises(DownloadError, match=f"has md5 {good}, expected {bad}"):
+        fetch(remote(server, "/good", digest=bad, algorithm="md5"), tmp_path)
 
 
 @pytest.mark.parametrize("level", [1, 9])

@@ -3,6 +3,7 @@
 from lightning_fedsparse.datasets.arrays import ArrayDataModule, ArrayDataset
 from lightning_fedsparse.datasets.cifar10 import CIFAR10DataModule
 from lightning_fedsparse.datasets.mnist import FashionMNISTDataModule, MNISTDataModule
+from lightning_fedsparse.datasets.mnist_writers import MNISTWritersDataModule
 from lightning_fedsparse.datasets.optdigits import OptdigitsDataModule
 
 __all__ = [
@@ -11,5 +12,6 @@ __all__ = [
     "CIFAR10DataModule",
     "FashionMNISTDataModule",
     "MNISTDataModule",
+    "MNISTWritersDataModule",
     "OptdigitsDataModule",
 ]

@@ -16,6 +16,7 @@ import urllib.request
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 __all__ = ["DownloadError", "RemoteFile", "data_root", "fetch"]
 
@@ -38,14 +39,16 @@ class RemoteFile:
     Args:
         name: File name in the local folder.
         urls: Where it can be had, tried in order.
-        sha256: Hex digest of the file, or of what it unpacks to.
-        unpacked: Whether ``sha256`` is of the gunzipped content: the same data are around in several compressions.
+        digest: Hex digest of the file, or of what it unpacks to.
+        unpacked: Whether ``digest`` is of the gunzipped content: the same data are around in several compressions.
+        algorithm: What ``digest`` was made with; ``"md5"`` where publishers state no other.
     """
 
     name: str
     urls: tuple[str, ...]
-    sha256: str
+    digest: str
     unpacked: bool = False
+    algorithm: Literal["sha256", "md5"] = "sha256"
 
 
 def data_root(root: str | os.PathLike[str] | None = None) -> Path:
@@ -62,9 +65,11 @@ def fetch(file: RemoteFile, folder: Path) -> Path:
     """
     path = folder / file.name
     if path.exists():
-        found = _sha256(path, unpacked=file.unpacked)
-        if found != file.sha256:
-            raise DownloadError(f"{path} has sha256 {found}, expected {file.sha256}: remove it to download it again")
+        found = _digest(path, file)
+        if found != file.digest:
+            raise DownloadError(
+                f"{path} has {file.algorithm} {found}, expected {file.digest}: remove it to download it again"
+            )
         return path
     part = folder / f"{file.name}.part"
     failures = []
@@ -91,11 +96,11 @@ def _attempt(file: RemoteFile, url: str, part: Path) -> str | None:
         _transfer(url, part)
     except _TRANSFER_ERRORS as error:
         return str(error) or type(error).__name__
-    found = _sha256(part, unpacked=file.unpacked)
-    if found == file.sha256:
+    found = _digest(part, file)
+    if found == file.digest:
         return None
     part.unlink()
-    return f"sha256 is {found}, expected {file.sha256}"
+    return f"{file.algorithm} is {found}, expected {file.digest}"
 
 
 def _transfer(url: str, part: Path) -> None:
@@ -127,11 +132,12 @@ def _transfer(url: str, part: Path) -> None:
             raise DownloadError(f"the transfer broke off after {received} of {length} bytes")
 
 
-def _sha256(path: Path, *, unpacked: bool) -> str:
-    """Hex digest of a file or of its gunzipped content; a remark if it does not gunzip."""
-    digest = hashlib.sha256()
+def _digest(path: Path, file: RemoteFile) -> str:
+    """Hex digest of what lies at ``path`` or of its gunzipped content; a remark if it does not gunzip."""
+    # against accidents, not attacks: so MD5 will do, also on systems that forbid it for security
+    digest = hashlib.new(file.algorithm, usedforsecurity=False)
     try:
-        with gzip.open(path) if unpacked else path.open("rb") as stream:
+        with gzip.open(path) if file.unpacked else path.open("rb") as stream:
             while chunk := stream.read(_CHUNK):
                 digest.update(chunk)
     except (gzip.BadGzipFile, EOFError, zlib.error):

@@ -2,17 +2,12 @@
 
 Y. LeCun, C. Cortes, C. J. C. Burges, "The MNIST database of handwritten digits",
 http://yann.lecun.com/exdb/mnist/. H. Xiao, K. Rasul, R. Vollgraf, "Fashion-MNIST: a Novel Image Dataset for
-Benchmarking Machine Learning Algorithms", 2017, https://arxiv.org/abs/1708.07747 (MIT licence). The writers of MNIST's
-digits are known from C. Yadav, L. Bottou, "Cold Case: The Lost MNIST Digits", NeurIPS 2019,
-https://arxiv.org/abs/1905.10498.
+Benchmarking Machine Learning Algorithms", 2017, https://arxiv.org/abs/1708.07747 (MIT licence).
 """
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar
-
-import numpy as np
-import numpy.typing as npt
+from typing import ClassVar
 
 from lightning_fedsparse.datasets.arrays import ArrayDataModule, Arrays
 from lightning_fedsparse.datasets.download import RemoteFile, data_root, fetch
@@ -37,7 +32,6 @@ _MNIST = {
     "t10k-images-idx3-ubyte.gz": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
     "t10k-labels-idx1-ubyte.gz": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
-_WRITERS = "qmnist-writers.npz"
 
 
 class _IdxDataModule(ArrayDataModule):
@@ -88,10 +82,7 @@ class FashionMNISTDataModule(_IdxDataModule):
 
 
 class MNISTDataModule(_IdxDataModule):
-    """Images of shape (1, 28, 28) in [0, 1]; written by 539 people, whose numbers are the ``client_keys``.
-
-    The keys are there where ``qmnist-writers.npz`` lies beside the images: its array ``train_writer`` names the writer
-    of each training image.
+    """Images of shape (1, 28, 28) in [0, 1], neither normalised nor augmented.
 
     Args:
         root: Folder of all data sets, with ``mnist/`` in it; see
@@ -106,12 +97,3 @@ class MNISTDataModule(_IdxDataModule):
     def remote_files(self) -> list[RemoteFile]:
         """Name the four files."""
         return [RemoteFile(name, (_MNIST_URL + name,), sha256, unpacked=True) for name, sha256 in _MNIST.items()]
-
-    def client_keys(self) -> npt.NDArray[Any] | None:
-        """Read the writer of each training image, if the file is there."""
-        path = self.folder / _WRITERS
-        if not path.exists():
-            return None
-        with np.load(path, allow_pickle=False) as arrays:
-            writers: npt.NDArray[Any] = arrays["train_writer"]
-            return writers
