@@ -20,11 +20,11 @@ from lightning_fedsparse.datasets import (
     MNISTWritersDataModule,
     OptdigitsDataModule,
 )
-from lightning_fedsparse.datasets.arrays import ready_batch
 from lightning_fedsparse.datasets.cifar import read_binary_archive, read_binary_folder, read_npz, read_python_folder
 from lightning_fedsparse.datasets.cifar10 import normalize, random_crop_flip
 from lightning_fedsparse.datasets.download import RemoteFile
 from lightning_fedsparse.datasets.idx import read_idx
+from lightning_fedsparse.datasets.in_memory import ready_batch
 from lightning_fedsparse.partition import IidPartition, NaturalPartition, PathologicalPartition
 
 BATCHES = [f"data_batch_{number}" for number in range(1, 6)] + ["test_batch"]
@@ -336,9 +336,9 @@ def test_ready_batches_equal_collated_ones(wrap):
 
 
 def test_array_dataset_sizes_must_agree():
-    with pytest.raises(ValueError, match="3 images need as many targets and client keys, got 2 targets"):
+    with pytest.raises(ValueError, match="3 inputs need as many targets and client keys, got 2 targets"):
         ArrayDataset(torch.zeros(3, 1, 2, 2), torch.zeros(2))
-    with pytest.raises(ValueError, match="10 images need as many targets and client keys"):
+    with pytest.raises(ValueError, match="10 inputs need as many targets and client keys"):
         array_dataset(client_keys=np.arange(3))
 
 

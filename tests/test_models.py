@@ -10,7 +10,19 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedsparse.datasets import OptdigitsDataModule
-from lightning_fedsparse.models import AlexNet, DigitsCNN, FedAvgCNN, ImageClassifier, LeNet5, ResNet18, SmallCNN
+from lightning_fedsparse.models import (
+    AlexNet,
+    CharacterLSTM,
+    DigitsCNN,
+    FedAvgCNN,
+    ImageClassifier,
+    LeNet5,
+    NextCharacter,
+    Regressor,
+    ResNet18,
+    SensorCNN,
+    SmallCNN,
+)
 
 QUIET = {
     "accelerator": "cpu",
@@ -120,6 +132,78 @@ def test_training_step_is_the_cross_entropy_and_logs_nothing():
     loader = DataLoader(TensorDataset(*batch))
     trainer.fit(model, loader, loader)
     assert set(trainer.callback_metrics) == {"val_loss", "val_accuracy"}
+
+
+def test_character_lstm():
+    model = CharacterLSTM()
+    assert sum(parameter.numel() for parameter in model.parameters()) == 815_945
+    characters = torch.randint(0, 65, (2, 7))
+    logits = model(characters)
+    assert logits.shape == (2, 7, 65)
+    changed = characters.clone()
+    changed[:, 5:] = 0
+    # what comes later is not seen
+    torch.testing.assert_close(model(changed)[:, :5], logits[:, :5])
+
+
+def test_sensor_cnn():
+    model = SensorCNN()
+    assert sum(parameter.numel() for parameter in model.parameters()) == 217_289
+    assert shapes(model, nn.Conv1d, nn.Linear) == [(64, 14, 5), (64, 64, 5), (100, 1920), (1, 100)]
+    assert model(torch.rand(2, 14, 30)).shape == (2, 1)
+    assert SensorCNN(3, window=5)(torch.rand(2, 3, 5)).shape == (2, 1)
+
+
+class Successor(nn.Module):
+    """Three symbols; sure that after each comes the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sure = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, characters):
+        return self.sure * F.one_hot((characters + 1) % 3, 3)
+
+
+def test_next_character_means_are_over_all_characters():
+    characters = torch.tensor([[0, 1, 2, 0], [0, 1, 1, 1], [2, 0, 0, 0]])
+    loader = DataLoader(TensorDataset(characters[:, :-1], characters[:, 1:]), batch_size=2)
+    (metrics,) = Trainer(**QUIET).test(NextCharacter(Successor()), loader, verbose=False)
+    # three, one and one of nine
+    assert metrics["test_accuracy"] == pytest.approx(5 / 9)
+    wrong = torch.tensor(2.0).exp().add(2).log().item()
+    assert metrics["test_loss"] == pytest.approx(wrong - 2 * 5 / 9)
+    loss = NextCharacter(Successor()).training_step((characters[:, :-1], characters[:, 1:]))
+    assert loss.item() == pytest.approx(wrong - 2 * 5 / 9)
+
+
+class Mean(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, windows):
+        return windows.mean(1, keepdim=True) + self.bias
+
+
+def test_rmse_is_of_all_examples_and_starts_anew():
+    windows, targets = torch.tensor([[0.5, 1.5], [0.0, 0.0], [2.0, 2.0]]), torch.tensor([13.0, 0.0, 16.0])
+    loader = DataLoader(TensorDataset(windows, targets), batch_size=2)
+    model, trainer = Regressor(Mean(), scale=10.0), Trainer(**QUIET)
+    assert model(windows).tolist() == [10, 0, 20]
+    for _ in range(2):
+        # errors of 3, 0 and 4
+        for part, run in (("val", trainer.validate), ("test", trainer.test)):
+            (metrics,) = run(model, loader, verbose=False)
+            assert metrics == {f"{part}_rmse": pytest.approx((25 / 3) ** 0.5)}
+    assert model.training_step((windows, targets)).item() == pytest.approx(0.25 / 3)
+    assert list(model.state_dict()) == ["network.bias"]
+    assert list(model.buffers()) == []
+
+
+def test_regressor_needs_a_positive_scale():
+    with pytest.raises(ValueError, match="^expected a positive scale of the targets, got 0$"):
+        Regressor(Mean(), scale=0)
 
 
 def test_state_dict_is_the_networks():

@@ -1,35 +1,21 @@
-"""In-memory data sets whose loader hands out ready batches, and the data module around them."""
+"""Images in memory with their classes, and the data module around them."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
 
-__all__ = ["ArrayDataModule", "ArrayDataset", "Arrays", "ready_batch"]
+from lightning_fedsparse.datasets.in_memory import InMemoryDataModule, ReadyDataset
 
-_Batch = TypeVar("_Batch")
-
-# the held-out part is one fixed choice: results with different run seeds compare on the same images
-_HOLD_OUT_SEED = 0
+__all__ = ["ArrayDataModule", "ArrayDataset", "Arrays"]
 
 
-def ready_batch(batch: _Batch) -> _Batch:
-    """Collate what is collated already: goes with :meth:`ArrayDataset.__getitems__`."""
-    return batch
-
-
-class ArrayDataset(Dataset[tuple[Tensor, Tensor]]):
+class ArrayDataset(ReadyDataset):
     """Images kept as bytes, scaled to float32 batch by batch.
-
-    ``__getitems__`` returns one ready batch instead of a list of examples, so a loader with
-    ``collate_fn=ready_batch`` spends next to nothing per example; ``Subset`` passes it on.
 
     Args:
         images: uint8, shape (n, channels, height, width).
@@ -49,30 +35,15 @@ class ArrayDataset(Dataset[tuple[Tensor, Tensor]]):
         transform: Callable[[Tensor], Tensor] | None = None,
         client_keys: npt.NDArray[np.generic] | None = None,
     ) -> None:
-        if len(images) != len(targets) or (client_keys is not None and len(client_keys) != len(images)):
-            raise ValueError(f"{len(images)} images need as many targets and client keys, got {len(targets)} targets")
-        self.images = images
-        self.targets = targets
+        super().__init__(images, targets, client_keys=client_keys)
         self.full_scale = full_scale
         self.transform = transform
-        self.client_keys = client_keys
 
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Return a batch: float32 images of shape (b, channels, height, width) and int64 targets of shape (b,)."""
-        # through numpy: torch takes three times as long to read a list of ints
-        chosen = torch.from_numpy(np.asarray(indices, np.int64))
-        images = self.images.index_select(0, chosen).float().div_(self.full_scale)
-        if self.transform is not None:
-            images = self.transform(images)
-        return images, self.targets.index_select(0, chosen)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Return one example: a float32 image of shape (channels, height, width) and its int64 target, a scalar."""
-        images, targets = self.__getitems__([index])
-        return images[0], targets[0]
-
-    def __len__(self) -> int:
-        return len(self.targets)
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return float32 images of shape (b, channels, height, width) and int64 targets of shape (b,)."""
+        images, targets = super().batch(indices)
+        images = images.float().div_(self.full_scale)
+        return images if self.transform is None else self.transform(images), targets
 
 
 class Arrays(NamedTuple):
@@ -84,8 +55,8 @@ class Arrays(NamedTuple):
     test_y: npt.NDArray[Any]
 
 
-class ArrayDataModule(LightningDataModule, ABC):
-    """Loaders over arrays in memory; a subclass says where the arrays come from.
+class ArrayDataModule(InMemoryDataModule):
+    """Loaders over images in memory; a subclass says where they come from.
 
     Args:
         batch_size: Images per batch.
@@ -97,14 +68,7 @@ class ArrayDataModule(LightningDataModule, ABC):
     full_scale = 255.0
 
     def __init__(self, *, batch_size: int = 128, validation_fraction: float = 0.0, num_workers: int = 0) -> None:
-        super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-        if not 0 <= validation_fraction < 1:
-            raise ValueError(f"validation_fraction must be in [0, 1), got {validation_fraction}")
-        self.batch_size = batch_size
-        self.validation_fraction = validation_fraction
-        self.num_workers = num_workers
+        super().__init__(batch_size=batch_size, validation_fraction=validation_fraction, num_workers=num_workers)
         self._arrays: Arrays | None = None
         self._keys: npt.NDArray[np.generic] | None = None
 
@@ -126,44 +90,14 @@ class ArrayDataModule(LightningDataModule, ABC):
             self._arrays = self.load()
             self._keys = self.client_keys()
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        """Shuffled batches of the training images that are not held out."""
-        kept, _ = self._hold_out()
-        dataset = self._dataset("train", train=True)
-        return self._loader(Subset(dataset, kept.tolist()) if self.validation_fraction else dataset, shuffle=True)
-
-    def val_dataloader(self) -> EVAL_DATALOADERS:
-        """Batches of the held-out training images, not augmented; an empty list if none are held out."""
-        _, held = self._hold_out()
-        return self._loader(Subset(self._dataset("train", train=False), held.tolist())) if held.size else []
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """Batches of the test images."""
-        return self._loader(self._dataset("test", train=False))
-
-    def _hold_out(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        assert self._arrays is not None, "setup comes first"
-        size = len(self._arrays.train_y)
-        order = np.random.default_rng(_HOLD_OUT_SEED).permutation(size)
-        held = round(self.validation_fraction * size)
-        return np.sort(order[held:]), np.sort(order[:held])
-
-    def _dataset(self, half: str, *, train: bool) -> ArrayDataset:
+    def dataset(self, half: Literal["train", "test"], *, augment: bool) -> ArrayDataset:
+        """Return the training or the test images."""
         assert self._arrays is not None, "setup comes first"
         images, labels = self._arrays[:2] if half == "train" else self._arrays[2:]
         return ArrayDataset(
             torch.from_numpy(images),
             torch.from_numpy(np.asarray(labels, np.int64)),
             full_scale=self.full_scale,
-            transform=self.transform(train=train),
+            transform=self.transform(train=augment),
             client_keys=self._keys if half == "train" else None,
-        )
-
-    def _loader(self, dataset: Dataset[Any], *, shuffle: bool = False) -> DataLoader[Any]:
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            shuffle=shuffle,
-            num_workers=self.num_workers,
-            collate_fn=ready_batch,
         )

@@ -1,26 +1,52 @@
-"""A LightningModule that trains any network to classify."""
+"""LightningModules that train any network to classify: images, or the next character of a text."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_accuracy
 
-__all__ = ["ImageClassifier", "plain_sgd"]
+from lightning_fedsparse.models.supervised import Batch, Supervised, plain_sgd
 
-Batch = tuple[Tensor, Tensor]
-
-
-def plain_sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """SGD with learning rate 0.1; a function, not a lambda, so that a model holding it pickles."""
-    return torch.optim.SGD(parameters, lr=0.1)
+__all__ = ["ImageClassifier", "NextCharacter"]
 
 
-class ImageClassifier(LightningModule):
+class _Classifier(Supervised):
+    """Cross entropy and accuracy, where classes are the second dimension of what forward returns."""
+
+    def training_step(self, batch: Batch) -> Tensor:
+        """Return the mean cross entropy of a batch of inputs and their int64 classes."""
+        inputs, classes = batch
+        return F.cross_entropy(self(inputs), classes)
+
+    def validation_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> None:
+        """Log loss and accuracy under ``val_``; Lightning adds the number of the loader where there are several."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int = 0, dataloader_idx: int = 0) -> None:
+        """Log loss and accuracy under ``test_``; Lightning adds the number of the loader where there are several."""
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: Batch, part: Literal["val", "test"]) -> None:
+        inputs, classes = batch
+        logits = self(inputs)
+        # functional, not a metric object: those synchronise by themselves wherever torch.distributed runs, and hang
+        # where one process evaluates alone
+        accuracy = multiclass_accuracy(
+            logits, classes, num_classes=logits.shape[1], average="micro", validate_args=False
+        )
+        # weighted by batch size, so a smaller last batch does not distort the mean
+        self.log_dict(
+            {f"{part}_loss": F.cross_entropy(logits, classes), f"{part}_accuracy": accuracy},
+            batch_size=len(classes),
+            sync_dist=True,
+        )
+
+
+class ImageClassifier(_Classifier):
     """Cross entropy on the logits of a network.
 
     Training logs nothing, for a log call costs a good part of a small step. Validation and test log ``val_loss``,
@@ -41,49 +67,23 @@ class ImageClassifier(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         image_shape: Sequence[int] | None = None,
     ) -> None:
-        super().__init__()
-        self.network = network
-        self.optimizer = optimizer
-        self.lr_scheduler = lr_scheduler
+        super().__init__(network, optimizer, lr_scheduler)
         if image_shape is not None:
             self.example_input_array = torch.zeros(1, *image_shape)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Map images to logits of shape (n, classes)."""
-        logits: Tensor = self.network(images)
-        return logits
 
-    def training_step(self, batch: Batch) -> Tensor:
-        """Return the mean cross entropy of a batch of images and int64 classes of shape (n,)."""
-        images, classes = batch
-        return F.cross_entropy(self(images), classes)
+class NextCharacter(_Classifier):
+    """Cross entropy for text: at each position of a window the class is the character that follows.
 
-    def validation_step(self, batch: Batch) -> None:
-        """Log loss and accuracy under ``val_``."""
-        self._evaluate(batch, "val")
+    Validation and test log loss and accuracy as ``ImageClassifier`` does, means over all characters of windows of equal
+    length.
 
-    def test_step(self, batch: Batch) -> None:
-        """Log loss and accuracy under ``test_``."""
-        self._evaluate(batch, "test")
+    Args:
+        network: Maps characters, int64 of shape (n, length), to logits of shape (n, length, symbols).
+        optimizer: Makes the optimizer from the parameters; SGD with learning rate 0.1 by default.
+        lr_scheduler: Makes a learning rate schedule from the optimizer, stepped after each epoch; None for none.
+    """
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Build the optimizer, and the schedule if there is one."""
-        optimizer = self.optimizer(self.parameters())
-        if self.lr_scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": self.lr_scheduler(optimizer)}
-
-    def _evaluate(self, batch: Batch, part: str) -> None:
-        images, classes = batch
-        logits = self(images)
-        # functional, not a metric object: those synchronise by themselves wherever torch.distributed runs, and hang
-        # where one process evaluates alone
-        accuracy = multiclass_accuracy(
-            logits, classes, num_classes=logits.shape[1], average="micro", validate_args=False
-        )
-        # weighted by batch size, so a smaller last batch does not distort the mean
-        self.log_dict(
-            {f"{part}_loss": F.cross_entropy(logits, classes), f"{part}_accuracy": accuracy},
-            batch_size=len(classes),
-            sync_dist=True,
-        )
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map characters of shape (n, length) to logits of shape (n, symbols, length), classes where torch has them."""
+        return super().forward(inputs).movedim(2, 1)
