@@ -94,7 +94,7 @@ class DynamicPruning(MagnitudePruning):
     """Magnitude pruning with FedDIP's start and regrowth.
 
     Args:
-        schedule: Sparsity over the run; values in [0, 1), not decreasing.
+        schedule: Sparsity over the run; values in [0, 1), at the end not below the start.
         every: Rounds (federation) or optimizer steps (plain Trainer) between reconfigurations.
         erk_positions: Positions of the first mask inside each layer's ERK density: ``"magnitude"``, the largest initial
             weights; ``"random"``, one seeded mask; ``"random_per_client"`` (released code), a dense broadcast in round

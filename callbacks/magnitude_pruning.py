@@ -62,7 +62,7 @@ class MagnitudePruning(EffectiveWeightCallback):
     """Prune by magnitude along a schedule.
 
     Args:
-        schedule: Sparsity over the pruning time, from ``start`` to ``end``; values in [0, 1), not decreasing.
+        schedule: Sparsity over the pruning time, from ``start`` to ``end``; values in [0, 1), at the end not below the start.
         every: Rounds (federation) or optimizer steps (plain Trainer) between reconfigurations.
         start: Share of the run before which nothing is pruned.
         end: Share of the run at which the schedule's end is reached; from there on the masks stay as they are, so that

@@ -55,7 +55,7 @@ class TopKAfterTraining(SparsityCallback):
     """Keep the largest weights after local training.
 
     Args:
-        schedule: Sparsity over the run, from its start to ``end``; values in [0, 1), not decreasing.
+        schedule: Sparsity over the run, from its start to ``end``; values in [0, 1), at the end not below the start.
         end: Share of the run at which the schedule's end is reached.
         layer_floor: Share of each layer's weights that is kept at least; below ``1 - sparsity`` at the schedule's end.
         include: Globs of parameter names to prune instead of all convolution and linear weights.

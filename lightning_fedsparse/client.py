@@ -26,6 +26,7 @@ from lightning_fedsparse.payload import decode
 from lightning_fedsparse.quiet import quiet_lightning
 from lightning_fedsparse.resident import ResidentTrainer
 from lightning_fedsparse.rounds import ClientRound
+from lightning_fedsparse.schedules import Progress
 from lightning_fedsparse.seeding import derive_seed
 from lightning_fedsparse.update import MaskSet, SparseUpdate, gather, scatter_
 from lightning_fedsparse.wire import Wire
@@ -155,6 +156,7 @@ class ClientWorker:
         masks = _masks_of(broadcast)
         self._load(job, broadcast)
         before = self._copy_weights() if self._wire.rounds_uploads else {}
+        self.data.start_round(Progress(job.index, job.total))
         client = self.data.client(job.client_id)
         client_round = ClientRound(job.index, job.total, job.client_id, job.seed, masks, client.capacity)
         with isolate_rng(), quiet_lightning():

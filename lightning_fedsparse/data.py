@@ -21,6 +21,7 @@ from lightning_fedsparse.checks import require_lightning
 from lightning_fedsparse.clients import Client
 from lightning_fedsparse.loaders import LoaderSettings, class_labels, client_keys
 from lightning_fedsparse.partition import Indices, Partition
+from lightning_fedsparse.schedules import Progress
 
 __all__ = ["Client", "FederatedDataModule"]
 
@@ -131,6 +132,9 @@ class FederatedDataModule(LightningDataModule):
         """Every client's capacity by its id; empty where clients have none."""
         self.setup("fit")
         return dict(self._capacity_of)
+
+    def start_round(self, progress: Progress) -> None:
+        """Hear which round comes, on the server and wherever clients are trained: for data that change over a run."""
 
     def num_examples(self, client_id: str) -> int:
         """Training examples of one client."""

@@ -206,6 +206,7 @@ class FederatedLoop:
         started = time.perf_counter()
         tally = RoundTally()
         server_round = ServerRound(index, self.rounds, derive_seed(self.seed, "server", index))
+        self._data.start_round(server_round.progress)
         rule = self._upload_rule(server_round)
         cohort = self._sample(index)
         jobs = self._broadcast(index, cohort, tally)

@@ -9,6 +9,7 @@ cubic          :math:`b + (a - b)(1 - p)^3`: steep first, flat at the end
 cosine         :math:`b + (a - b)(1 + \cos \pi p) / 2`: flat at both ends
 staircase      :math:`v \lfloor tQ/T \rfloor / Q`
 exponential    :math:`a d^t`, per step whatever the total
+dip            another schedule, but one value between two points of the run
 =============  ======================================================================
 
 The cubic form is from M. Zhu, S. Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model
@@ -27,6 +28,7 @@ __all__ = [
     "ConstantSchedule",
     "CosineSchedule",
     "CubicSchedule",
+    "DipSchedule",
     "ExponentialSchedule",
     "LinearSchedule",
     "OffsetStaircaseSchedule",
@@ -257,6 +259,39 @@ class ExponentialSchedule(Schedule):
     def __call__(self, progress: Progress | float) -> float:
         """Value at this progress, which must be a :class:`Progress`."""
         return float(self.initial * self.decay ** _steps(self, progress).step)
+
+
+@dataclass(frozen=True)
+class DipSchedule(Schedule):
+    """Another schedule, but ``value`` from ``start`` up to ``end``: a sparsity that returns to a denser model for a while.
+
+    Args:
+        schedule: What holds before and after.
+        start: Share of the run at which the dip begins, above 0.
+        end: Share of the run before which it is over, above ``start`` and at most 1.
+        value: Value in the dip.
+
+    Example:
+        >>> dip = DipSchedule(ConstantSchedule(0.9), start=0.5, end=0.75, value=0.6)
+        >>> [dip(Progress(step, 8)) for step in range(8)]
+        [0.9, 0.9, 0.9, 0.9, 0.6, 0.6, 0.9, 0.9]
+    """
+
+    schedule: Schedule
+    start: float = field(kw_only=True)
+    end: float = field(kw_only=True)
+    value: float = field(kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.start < self.end <= 1:
+            raise ValueError(
+                f"expected 0 < start < end <= 1 for DipSchedule, got start={self.start} and end={self.end}"
+            )
+        _require_finite(self, value=self.value)
+
+    def __call__(self, progress: Progress | float) -> float:
+        """Value at this progress."""
+        return self.value if self.start <= _fraction(progress) < self.end else self.schedule(progress)
 
 
 def _fraction(progress: Progress | float) -> float:

@@ -11,6 +11,7 @@ from lightning_fedsparse.schedules import (
     ConstantSchedule,
     CosineSchedule,
     CubicSchedule,
+    DipSchedule,
     ExponentialSchedule,
     LinearSchedule,
     OffsetStaircaseSchedule,
@@ -162,6 +163,31 @@ def test_staircase_never_falls(total):
     assert values == sorted(values)
     assert values[0] == 0.0
     assert values[-1] == 1.0
+
+
+def test_a_dip_is_another_schedule_but_for_a_while():
+    schedule = DipSchedule(LinearSchedule(0.0, 1.0), start=0.25, end=0.5, value=0.25)
+    expected = [0.0, 0.125, 0.25, 0.25, 0.5, 0.625, 0.75, 0.875, 1.0]
+    assert [schedule(Progress(step, 8)) for step in range(9)] == expected
+    assert [schedule(step / 8) for step in range(9)] == expected
+
+
+def test_a_dip_in_a_schedule_that_counts_steps():
+    schedule = DipSchedule(ExponentialSchedule(1.0, 0.5), start=0.5, end=1.0, value=7.0)
+    assert [schedule(Progress(step, 4)) for step in range(5)] == [1.0, 0.5, 7.0, 7.0, 0.0625]
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.0, 0.5), (0.5, 0.5), (0.6, 0.5), (0.5, 1.5)])
+def test_a_dip_lies_inside_the_run(start, end):
+    with pytest.raises(
+        ValueError, match=f"^expected 0 < start < end <= 1 for DipSchedule, got start={start} and end={end}$"
+    ):
+        DipSchedule(ConstantSchedule(0.9), start=start, end=end, value=0.5)
+
+
+def test_a_dip_to_a_value_that_is_not_finite():
+    with pytest.raises(ValueError, match="^expected a finite value for DipSchedule, got nan$"):
+        DipSchedule(ConstantSchedule(0.9), start=0.5, end=0.6, value=math.nan)
 
 
 # as values and in YAML
