@@ -12,7 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_fedsparse.recipe import RESOLVED_NAME, Recipe, RecipeError, describe, find_recipe, shipped_recipes
+from lightning_fedsparse.recipe import (
+    RESOLVED_NAME,
+    Recipe,
+    RecipeError,
+    describe,
+    find_recipe,
+    recipe_files,
+    shipped_recipes,
+)
 from lightning_fedsparse.recipe_errors import is_own_sentence
 
 if TYPE_CHECKING:
@@ -66,7 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     lister = commands.add_parser("list", help="list the shipped recipes", description="List the shipped recipes.")
     lister.set_defaults(command=_list)
 
-    show = commands.add_parser("show", help="print a recipe", description="Print a recipe as it is written.")
+    show = commands.add_parser(
+        "show", help="print a recipe", description="Print a recipe as it is written, and the one it is based on."
+    )
     show.set_defaults(command=_show)
     show.add_argument("recipe", metavar="RECIPE", help="a shipped recipe's name or a YAML file")
     return parser
@@ -128,7 +138,9 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    sys.stdout.write(find_recipe(options.recipe).read_text(encoding="utf-8"))
+    # what differs comes first, the base that it differs from below
+    files = reversed(recipe_files(find_recipe(options.recipe)))
+    sys.stdout.write("\n".join(file.read_text(encoding="utf-8") for file in files))
     return 0
 
 

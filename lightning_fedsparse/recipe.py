@@ -9,6 +9,9 @@ A recipe has the form that LightningCLI users know::
 
 ``loop`` takes the arguments of :class:`~lightning_fedsparse.FederatedLoop` (its seed is ``seed_everything``), ``trainer``
 inside it those of the clients' ``Trainer``. A recipe without federation has ``trainer`` at the top level instead.
+
+A recipe that differs little from another names that one as its ``base`` and says what is different: its keys override
+those of the base, one by one.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from lightning_fedsparse.recipe_errors import explain, is_own_sentence, near_mat
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
 
-__all__ = ["Recipe", "RecipeError", "describe", "find_recipe", "shipped_recipes"]
+__all__ = ["Recipe", "RecipeError", "describe", "find_recipe", "recipe_files", "shipped_recipes"]
 
 RESOLVED_NAME = "recipe.yaml"
 
@@ -52,8 +55,24 @@ def find_recipe(name: str) -> Path:
     if path.is_file():
         return path
     what = "recipe file" if path.suffix in (".yaml", ".yml") else "recipe"
-    hint = near_matches(path.stem, shipped) or f"the shipped recipes are {', '.join(shipped)}"
+    hint = near_matches(path.stem, shipped) or "fedsparse list shows the shipped recipes"
     raise RecipeError(f"unknown {what} {name!r}: {hint}")
+
+
+def recipe_files(path: Path) -> list[Path]:
+    """The files that a recipe consists of: its base, if it has one, and then its own.
+
+    Raises:
+        RecipeError: If the base does not exist, or has a base itself: a reader should look in two places at most.
+    """
+    name = _content(path).get("base")
+    if name is None:
+        return [path]
+    beside = path.parent / str(name)
+    base = beside if beside.is_file() else find_recipe(str(name))
+    if "base" in _content(base):
+        raise RecipeError(f"expected a base without a base of its own in {path}, got {name!r}")
+    return [base, path]
 
 
 def describe(path: Path) -> str:
@@ -88,14 +107,17 @@ class Recipe:
         """
         from jsonargparse import ArgumentError
 
-        section = _section(path)
+        files = recipe_files(path)
+        section = _section(files)
         parser = _loop_parser() if section == "loop" else _trainer_parser()
         try:
-            config = parser.parse_args([f"--config={path}", *overrides])
+            config = parser.parse_args([*(f"--config={file}" for file in files), *overrides])
         except ArgumentError as error:
             known = [key for key in vars(parser.get_defaults().as_flat()) if key != "config"]
             raise RecipeError(explain(str(error), known)) from error
-        del config["config"]
+        if config["base"] != _content(path).get("base"):
+            raise RecipeError(f"expected the base of a recipe in its file, got {config['base']!r} on the command line")
+        del config["config"], config["base"]
         name = path.stem if path.name != RESOLVED_NAME else path.resolve().parent.name
         return cls(name, config, parser, section)
 
@@ -159,7 +181,7 @@ def _of_constructor(error: ValueError) -> BaseException:
     return RecipeError(str(cause)) if is_own_sentence(cause) else cause
 
 
-def _section(path: Path) -> str:
+def _content(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
@@ -170,12 +192,16 @@ def _section(path: Path) -> str:
         raise RecipeError(
             f"expected YAML in {path}, got a syntax error{line}: {getattr(error, 'problem', error)}"
         ) from error
-    keys = set(content) if isinstance(content, dict) else set()
+    return content if isinstance(content, dict) else {}
+
+
+def _section(files: Sequence[Path]) -> str:
+    keys = set().union(*map(_content, files))
     sections = keys & {"loop", "trainer"}
     if len(sections) != 1:
         found = ", ".join(sorted(map(str, keys))) or "no keys"
         raise RecipeError(
-            f"expected either a loop (a federation) or a trainer (none) at the top level of {path}, found {found}"
+            f"expected either a loop (a federation) or a trainer (none) at the top level of {files[-1]}, found {found}"
         )
     return "loop" if "loop" in sections else "trainer"
 
@@ -204,6 +230,7 @@ def _parser(data: type) -> ArgumentParser:
 
     parser = ArgumentParser(prog="fedsparse run RECIPE", exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file whose keys override those before it")
+    parser.add_argument("--base", type=str | None, help="recipe whose keys those of this file override; in files only")
     parser.add_argument("--seed_everything", type=int, default=0, help="seed of the model's weights and the federation")
     parser.add_subclass_arguments(LightningModule, "model", required=True)
     parser.add_subclass_arguments(data, "data", required=True)

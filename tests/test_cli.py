@@ -152,6 +152,12 @@ def test_show_prints_the_file_as_it_is(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out == shipped_recipes()["quickstart"].read_text(encoding="utf-8")
 
 
+def test_show_prints_the_base_below(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "feddip-turbofan"]) == 0
+    own, base = (shipped_recipes()[name].read_text(encoding="utf-8") for name in ("feddip-turbofan", "fedavg-turbofan"))
+    assert capsys.readouterr().out == f"{own}\n{base}"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -175,7 +181,7 @@ def test_help(arguments: list[str], words: list[str], capsys: pytest.CaptureFixt
     ("arguments", "code", "message"),
     [
         (["run", "quikstart"], 2, "unknown recipe 'quikstart': did you mean quickstart?"),
-        (["show", "nope"], 2, "unknown recipe 'nope': the shipped recipes are "),
+        (["show", "nope"], 2, "unknown recipe 'nope': fedsparse list shows the shipped recipes"),
         (["run", "quickstart", "--loop.roundz=3"], 2, "unknown key loop.roundz: did you mean rounds?"),
         (["run", "quickstart", "--loop.rounds=many"], 2, "expected loop.rounds to be an int, got 'many'"),
         (["run", "quickstart", "--loop.rounds=0"], 2, "expected rounds to be at least 1, got 0"),

@@ -11,7 +11,7 @@ import torch
 
 from lightning_fedsparse import FederatedDataModule, FederatedLoop
 from lightning_fedsparse.evaluation import Evaluation
-from lightning_fedsparse.recipe import Recipe, RecipeError, describe, find_recipe, shipped_recipes
+from lightning_fedsparse.recipe import Recipe, RecipeError, describe, find_recipe, recipe_files, shipped_recipes
 from lightning_fedsparse.recipe_errors import explain
 
 SHIPPED = shipped_recipes()
@@ -35,15 +35,37 @@ def changed(tmp_path: Path, old: str, new: str, name: str = "quickstart") -> Pat
 
 def test_the_recipes_that_ship() -> None:
     assert list(SHIPPED) == [
+        "drift-feddip",
+        "drift-redensified",
+        "drift-sparsyfed",
+        "fedavg-cifar10-cnn",
         "fedavg-fashion-mnist",
         "fedavg-fashion-mnist-dirichlet",
+        "fedavg-mnist-writers",
+        "fedavg-shakespeare",
+        "fedavg-turbofan",
+        "feddip-cifar10-cnn",
+        "feddip-cifar10-resnet18",
         "feddip-fashion-mnist",
         "feddip-fashion-mnist-dirichlet",
+        "feddip-mnist-writers",
+        "feddip-shakespeare",
+        "feddip-turbofan",
+        "fiarse-cifar10-cnn",
+        "fiarse-cifar10-resnet18",
         "fiarse-fashion-mnist",
+        "fiarse-mnist-writers",
+        "fiarse-shakespeare",
+        "fiarse-turbofan",
         "heterofl-fashion-mnist",
         "pruning-only",
         "quickstart",
+        "sparsyfed-cifar10-cnn",
+        "sparsyfed-cifar10-resnet18",
         "sparsyfed-fashion-mnist",
+        "sparsyfed-mnist-writers",
+        "sparsyfed-shakespeare",
+        "sparsyfed-turbofan",
     ]
 
 
@@ -84,6 +106,38 @@ def test_the_feddip_recipe_has_the_published_setting() -> None:
     method = config["loop.callbacks.init_args"]
     assert (method["initial_sparsity"], method["sparsity"], method["reconfigure_every"]) == (0.5, 0.95, 5)
     assert method["learning_rate_decay"] == 0.998
+
+
+@pytest.mark.parametrize(
+    ("method", "clients", "rounds", "cohort", "batch_size", "rate", "decay"),
+    [
+        ("feddip", 50, 1000, 5, 128, 0.1, 5e-4),
+        ("sparsyfed", 100, 700, 10, 16, 0.5, 1e-3),
+        ("fiarse", 100, 800, 10, 20, 0.1, 0.0),
+    ],
+)
+def test_the_recipes_for_a_gpu_have_the_published_settings(
+    method: str, clients: int, rounds: int, cohort: int, batch_size: int, rate: float, decay: float
+) -> None:
+    config = read(f"{method}-cifar10-resnet18").config
+    assert config["data.init_args.partition.init_args.num_clients"] == clients
+    assert (config["loop.rounds"], config["loop.clients_per_round"]) == (rounds, cohort)
+    assert config["data.init_args.data.init_args.batch_size"] == batch_size
+    optimizer = config["model.init_args.optimizer.init_args"]
+    assert (optimizer["lr"], optimizer["momentum"], optimizer["weight_decay"]) == (rate, 0.0, decay)
+
+
+@pytest.mark.parametrize("data", ["cifar10-cnn", "mnist-writers", "shakespeare", "turbofan"])
+@pytest.mark.parametrize("method", ["feddip", "fiarse", "sparsyfed"])
+def test_the_methods_of_one_data_set_share_its_federation(method: str, data: str) -> None:
+    dense, sparse = read(f"fedavg-{data}").config, read(f"{method}-{data}").config
+    assert sparse["loop.callbacks.class_path"] == f"lightning_fedsparse.callbacks.{method}"
+    assert bool(sparse["data.init_args.capacities"]) == (method == "fiarse")
+    for config in (dense, sparse):
+        config["data.init_args.capacities"] = config["data.init_args.seed"] = None
+    assert sparse["data"] == dense["data"]
+    for key in ("loop.rounds", "loop.clients_per_round", "loop.trainer.max_epochs", "model.init_args.network"):
+        assert sparse[key] == dense[key]
 
 
 @pytest.mark.parametrize("suffix", ["", "-dirichlet"])
@@ -230,6 +284,59 @@ def test_the_resolved_recipe_spells_defaults_out_but_not_the_trainers() -> None:
     assert resolved.splitlines()[-2:] == ["  trainer:", "    max_epochs: 2"]
 
 
+# -- a recipe and its base ---------------------------------------------------------------------------------------------
+
+
+def based(tmp_path: Path, text: str, base: str = "quickstart") -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"base: {base}\n{text}", encoding="utf-8")
+    return path
+
+
+def test_a_recipe_overrides_single_keys_of_its_base(tmp_path: Path) -> None:
+    path = based(tmp_path, "loop: {rounds: 7, callbacks: {init_args: {sparsity: 0.8}}}")
+    recipe, base = Recipe.read(path, ["--loop.trainer.max_epochs=3"]), read("quickstart")
+    changed = {"loop.rounds": 7, "loop.callbacks.init_args.sparsity": 0.8, "loop.trainer.max_epochs": 3}
+    assert {key: recipe.config[key] for key in changed} == changed
+    for key in changed:
+        recipe.config[key] = base.config[key]
+    assert recipe.config == base.config
+    assert recipe.name == "mine"
+
+
+def test_a_base_may_lie_beside_its_recipe(tmp_path: Path) -> None:
+    changed(tmp_path, "rounds: 20", "rounds: 4")
+    assert Recipe.read(based(tmp_path, "seed_everything: 5", "changed.yaml")).config["loop.rounds"] == 4
+
+
+def test_the_resolved_recipe_has_no_base(tmp_path: Path) -> None:
+    resolved = Recipe.read(based(tmp_path, "loop: {rounds: 7}")).resolved
+    assert "base" not in resolved
+    path = tmp_path / "resolved.yaml"
+    path.write_text(resolved, encoding="utf-8")
+    assert Recipe.read(path).config["loop.rounds"] == 7
+
+
+def test_a_recipe_consists_of_its_base_and_itself(tmp_path: Path) -> None:
+    path = based(tmp_path, "")
+    assert recipe_files(path) == [SHIPPED["quickstart"], path]
+    assert recipe_files(SHIPPED["quickstart"]) == [SHIPPED["quickstart"]]
+
+
+def test_a_wrong_base_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"^unknown recipe 'quikstart': did you mean quickstart\?$"):
+        Recipe.read(based(tmp_path, "", "quikstart"))
+    based(tmp_path, "")
+    second = tmp_path / "second.yaml"
+    second.write_text("base: mine.yaml", encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"^expected a base without a base of its own in .*, got 'mine.yaml'$"):
+        Recipe.read(second)
+    with pytest.raises(
+        RecipeError, match="^expected the base of a recipe in its file, got 'other' on the command line$"
+    ):
+        read("quickstart", "--base=other")
+
+
 # -- what is wrong -----------------------------------------------------------------------------------------------------
 
 
@@ -238,10 +345,10 @@ def test_an_unknown_recipe_names_near_matches() -> None:
         find_recipe("quikstart")
 
 
-def test_an_unknown_recipe_without_near_matches_names_all() -> None:
+def test_an_unknown_recipe_without_near_matches_names_the_list() -> None:
     with pytest.raises(
         RecipeError,
-        match=r"^unknown recipe file 'x/zzz.yaml': the shipped recipes are fedavg.*sparsyfed-fashion-mnist$",
+        match=r"^unknown recipe file 'x/zzz.yaml': fedsparse list shows the shipped recipes$",
     ):
         find_recipe("x/zzz.yaml")
 
@@ -265,7 +372,7 @@ def test_an_unknown_recipe_without_near_matches_names_all() -> None:
         ("--model.network=LeNet", "expected model.network to be a class by its import path, such as"),
         ("--model.network=torch.optim.SGD", "expected model.network to be a Module, got"),
         ("--seed_everything=one", "expected seed_everything to be an int, got 'one'"),
-        ("surplus", "unknown key surplus: a recipe has data, loop, model, seed_everything"),
+        ("surplus", "unknown key surplus: a recipe has base, data, loop, model, seed_everything"),
     ],
 )
 def test_a_bad_override_is_one_sentence_that_names_the_key(override: str, message: str) -> None:
@@ -284,7 +391,7 @@ def test_a_bad_override_is_one_sentence_that_names_the_key(override: str, messag
         ("sparsity: 0.9", "sparsity: high", "expected loop.callbacks.sparsity to be a float, got 'high'"),
         ("num_clients", "num_client", "unknown key data.partition.num_client: did you mean num_clients?"),
         ("models.DigitsCNN", "models.DigitCNN", "model.network: module 'lightning_fedsparse.models' has no attribute"),
-        ("seed_everything", "seed_all", "unknown key seed_all: a recipe has data, loop, model, seed_everything"),
+        ("seed_everything", "seed_all", "unknown key seed_all: a recipe has base, data, loop, model, seed_everything"),
         ("feddip", "fedip", "loop.callbacks: module 'lightning_fedsparse.callbacks' has no attribute 'fedip'"),
     ],
 )
