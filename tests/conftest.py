@@ -18,6 +18,9 @@ import torch
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=bool(os.environ.get("CI")))
 hypothesis.settings.load_profile("tests")
 
+# the fuzz target is no test, and imports atheris, which tests do without
+collect_ignore = ["fuzz/fuzz_payload.py"]
+
 torch.set_num_threads(1)
 for _name in ("lightning", "lightning.pytorch", "lightning.fabric"):
     logging.getLogger(_name).setLevel(logging.WARNING)
