@@ -13,6 +13,7 @@ from lightning_fedsparse.callbacks.feddip import feddip
 from lightning_fedsparse.callbacks.fiarse import fiarse
 from lightning_fedsparse.callbacks.fixed_mask import FixedMask
 from lightning_fedsparse.callbacks.forward_pruning import ForwardPruning
+from lightning_fedsparse.callbacks.gradient_pruning import GradientPruning
 from lightning_fedsparse.callbacks.importance_masking import ImportanceMasking
 from lightning_fedsparse.callbacks.incremental_regularization import IncrementalRegularization
 from lightning_fedsparse.callbacks.magnitude_pruning import MagnitudePruning
@@ -39,6 +40,7 @@ __all__ = [
     "ErrorFeedback",
     "FixedMask",
     "ForwardPruning",
+    "GradientPruning",
     "ImportanceMasking",
     "IncrementalRegularization",
     "MagnitudePruning",
