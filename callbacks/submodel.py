@@ -115,16 +115,12 @@ class SubmodelCallback(EffectiveWeightCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        masks = {
-            name: {"bits": pack_mask(mask), "shape": list(mask.shape)}
-            for name, mask in self.masks.items()
-            if mask is not None
-        }
+        masks = {name: pack_mask(mask) for name, mask in self.masks.items() if mask is not None}
         return {"masks": masks, "last_step": self._last_step}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.masks = {name: unpack_mask(entry["bits"], entry["shape"]) for name, entry in state_dict["masks"].items()}
+        self.masks = {name: unpack_mask(entry) for name, entry in state_dict["masks"].items()}
         self._last_step = state_dict["last_step"]
 
     # -- on a client -----------------------------------------------------------------------------------------------

@@ -135,17 +135,11 @@ class Broadcaster:
 
 def pack_masks(masks: MaskSet) -> dict[str, Any]:
     """A mask set as tensors and primitives, one bit per position."""
-    packed = {
-        name: None if mask is None else {"bits": pack_mask(mask), "shape": list(mask.shape)}
-        for name, mask in masks.items()
-    }
+    packed = {name: None if mask is None else pack_mask(mask) for name, mask in masks.items()}
     return {"id": masks.id, "masks": packed}
 
 
 def unpack_masks(packed: dict[str, Any]) -> MaskSet:
     """The mask set that :func:`pack_masks` packed."""
-    masks = {
-        name: None if entry is None else unpack_mask(entry["bits"], entry["shape"])
-        for name, entry in packed["masks"].items()
-    }
+    masks = {name: None if entry is None else unpack_mask(entry) for name, entry in packed["masks"].items()}
     return MaskSet(packed["id"], masks)

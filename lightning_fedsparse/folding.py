@@ -73,7 +73,7 @@ def load_folded(checkpoint: str | Path | Mapping[str, Any], module: Module) -> M
         power_({name: parameters[name] for name in powers}, powers)
     for masks in _states(content, "masks"):
         for name, mask in masks.items():
-            parameters[name].mul_(unpack_mask(mask["bits"], mask["shape"]).to(parameters[name].device))
+            parameters[name].mul_(unpack_mask(mask).to(parameters[name].device))
     for thresholds in _states(content, "thresholds"):
         for name, threshold in thresholds.items():
             parameters[name].masked_fill_(parameters[name].abs() < threshold, 0)

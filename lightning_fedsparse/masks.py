@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -265,39 +265,38 @@ def intersection_over_union(first: Mapping[str, Tensor], second: Mapping[str, Te
     return both / either if either else 1.0
 
 
-def pack_mask(mask: Tensor) -> Tensor:
+def pack_mask(mask: Tensor) -> dict[str, Any]:
     """Pack a mask to eight entries a byte, for checkpoints that load with ``weights_only=True``.
 
     Args:
         mask: Bool tensor of any shape.
 
     Returns:
-        uint8 tensor of ``ceil(mask.numel() / 8)`` bytes on the CPU: row-major order, first entry in the highest bit.
+        ``"bits"``, a uint8 tensor of ``ceil(mask.numel() / 8)`` bytes on the CPU (row-major order, first entry in the highest
+        bit), and ``"shape"``, a list.
     """
-    return torch.from_numpy(np.packbits(mask.detach().cpu().numpy().reshape(-1)))
+    bits = torch.from_numpy(np.packbits(mask.detach().cpu().numpy().reshape(-1)))
+    return {"bits": bits, "shape": list(mask.shape)}
 
 
-def unpack_mask(packed: Tensor, shape: Sequence[int]) -> Tensor:
+def unpack_mask(packed: Mapping[str, Any]) -> Tensor:
     """Undo :func:`pack_mask`.
 
-    Args:
-        packed: 1-D uint8 tensor of ``ceil(prod(shape) / 8)`` bytes.
-        shape: Shape of the mask.
-
     Returns:
-        Bool tensor of that shape on the CPU.
+        Bool tensor on the CPU.
 
     Raises:
-        ValueError: A packed tensor of another dtype or length.
+        ValueError: For bits of another dtype or length than the shape needs.
     """
+    bits, shape = packed["bits"], tuple(packed["shape"])
     size = math.prod(shape)
     expected = (size + 7) // 8
-    if packed.dtype != torch.uint8 or packed.shape != (expected,):
+    if bits.dtype != torch.uint8 or bits.shape != (expected,):
         raise ValueError(
-            f"expected a packed mask of {expected} uint8 entries for shape {tuple(shape)}, "
-            f"got shape {tuple(packed.shape)} and {packed.dtype}"
+            f"expected a packed mask of {expected} uint8 entries for shape {shape}, "
+            f"got shape {tuple(bits.shape)} and {bits.dtype}"
         )
-    return torch.from_numpy(np.unpackbits(packed.cpu().numpy(), count=size).view(np.bool_)).view(tuple(shape))
+    return torch.from_numpy(np.unpackbits(bits.cpu().numpy(), count=size).view(np.bool_)).view(shape)
 
 
 def _require_sparsity(value: float, name: str) -> None:

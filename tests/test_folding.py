@@ -142,7 +142,7 @@ def test_states_of_other_callbacks_are_left_alone() -> None:
         "callbacks": {
             "ModelCheckpoint": {"best_model_path": "", "masks": None},
             "Other": {"masks": "painted"},
-            "Pruning": {"masks": {"weight": {"bits": pack_mask(torch.tensor([[True, False]])), "shape": [1, 2]}}},
+            "Pruning": {"masks": {"weight": pack_mask(torch.tensor([[True, False]]))}},
         },
     }
     assert load_folded(content, module).weight.tolist() == [[1.0, 0.0]]

@@ -121,9 +121,10 @@ def test_intersection_over_union():
 def test_packing_puts_the_first_entry_in_the_highest_bit():
     mask = torch.tensor([[True, False, False, False, True], [False, False, False, True, False]])
     packed = pack_mask(mask)
-    assert packed.dtype == torch.uint8
-    assert packed.tolist() == [0b10001000, 0b10000000]
-    assert torch.equal(unpack_mask(packed, (2, 5)), mask)
+    assert packed["bits"].dtype == torch.uint8
+    assert packed["bits"].tolist() == [0b10001000, 0b10000000]
+    assert packed["shape"] == [2, 5]
+    assert torch.equal(unpack_mask(packed), mask)
 
 
 # properties
@@ -214,15 +215,15 @@ def test_random_masks_leave_the_global_generator_alone():
 def test_pack_then_unpack_is_the_identity(shape, seed):
     mask = torch.from_numpy(np.random.default_rng(seed).random(tuple(shape)) < 0.3 if shape else np.array(True))
     packed = pack_mask(mask)
-    assert packed.shape == ((mask.numel() + 7) // 8,)
-    assert torch.equal(unpack_mask(packed, mask.shape), mask)
+    assert packed["bits"].shape == ((mask.numel() + 7) // 8,)
+    assert torch.equal(unpack_mask(packed), mask)
 
 
 def test_packed_masks_load_as_plain_weights():
     file = io.BytesIO()
     torch.save({"w": pack_mask(torch.tensor([True, False, True]))}, file)
     file.seek(0)
-    assert unpack_mask(torch.load(file, weights_only=True)["w"], (3,)).tolist() == [True, False, True]
+    assert unpack_mask(torch.load(file, weights_only=True)["w"]).tolist() == [True, False, True]
 
 
 # errors
@@ -279,7 +280,7 @@ def test_masks_that_do_not_match():
         intersection_over_union({"w": torch.tensor([True])}, {"w": torch.tensor([True, True])})
 
 
-@pytest.mark.parametrize("packed", [torch.zeros(1, dtype=torch.uint8), torch.zeros(2), torch.zeros(2, 1).byte()])
-def test_packed_mask_that_does_not_fit(packed):
+@pytest.mark.parametrize("bits", [torch.zeros(1, dtype=torch.uint8), torch.zeros(2), torch.zeros(2, 1).byte()])
+def test_packed_mask_that_does_not_fit(bits):
     with pytest.raises(ValueError, match=r"expected a packed mask of 2 uint8 entries for shape \(3, 3\), got"):
-        unpack_mask(packed, (3, 3))
+        unpack_mask({"bits": bits, "shape": [3, 3]})
