@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
+import pages
 import torch
 
 from lightning_fedsparse import FederatedDataModule, FederatedLoop
@@ -107,42 +108,32 @@ def ratio_to_dense(history: list[RoundRecord], dense: list[RoundRecord], last: i
     )
 
 
-def spread(values: list[float]) -> str:
-    mean = f"{statistics.mean(values):.2f}"
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
-
-
 def table(where: str, methods: Sequence[str]) -> list[str]:
     """One row per method: accuracy, its distance from dense FedAvg of the same seeds, bytes."""
     dense = histories(where, "dense")
-    lines = [
-        "| method | seeds | accuracy, % | minus dense, points | bytes up / down, last 20 rounds | whole run |",
-        "|---|---|---|---|---|---|",
-    ]
+    head = ["method", "seeds", "accuracy, %", "minus dense, points", "bytes up / down, last 20 rounds", "whole run"]
+    rows = []
     for method in methods:
         runs = histories(where, method)
         if not runs:
-            lines.append(f"| {method} | not run | | | | |")
+            rows.append([method, "not run"])
             continue
         both = runs.keys() & dense.keys()
-        gap = spread([accuracy(runs[seed]) - accuracy(dense[seed]) for seed in both]) if both else "dense not run"
+        gap = pages.spread([accuracy(runs[seed]) - accuracy(dense[seed]) for seed in both]) if both else "dense not run"
         late, whole = (
             " / ".join(f"{ratio:.3f}x" for ratio in ratio_to_dense(runs[min(both)], dense[min(both)], last))
             if both
             else ""
             for last in (LAST, ROUNDS)
         )
-        seeds = ", ".join(map(str, runs))
-        lines.append(f"| {method} | {seeds} | {spread([*map(accuracy, runs.values())])} | {gap} | {late} | {whole} |")
-    return lines
+        rows.append([method, ", ".join(map(str, runs)), pages.spread(map(accuracy, runs.values())), gap, late, whole])
+    return pages.table(head, rows)
 
 
 def closer_look(where: str, methods: Sequence[str]) -> list[str]:
     """Losses at the end, and what moving the masks costs in the round that moves them; seed 0."""
-    lines = [
-        "| method | training loss, round 200 | test loss, round 200 | accuracy of rounds 141-200 that moved masks / others, % |",
-        "|---|---|---|---|",
-    ]
+    late_accuracy = "accuracy of rounds 141-200 that moved masks / others, %"
+    rows = []
     for method in methods:
         for history in [*histories(where, method).values()][:1]:
             late = history[141:]
@@ -154,9 +145,9 @@ def closer_look(where: str, methods: Sequence[str]) -> list[str]:
                 for moves in (True, False)
             )
             last = history[-1]
-            losses = f"{last.train_loss:.3f} | {last.metrics['test_loss']:.3f}"
-            lines.append(f"| {method} | {losses} | {moved:.2f} / {others:.2f} |")
-    return lines
+            losses = [f"{last.train_loss:.3f}", f"{last.metrics['test_loss']:.3f}"]
+            rows.append([method, *losses, f"{moved:.2f} / {others:.2f}"])
+    return pages.table(["method", "training loss, round 200", "test loss, round 200", late_accuracy], rows)
 
 
 def draw(path: Path) -> None:
@@ -195,7 +186,6 @@ def draw(path: Path) -> None:
 def report() -> None:
     """Put the tables into the page between its markers, and draw the picture."""
     page = Path(__file__).with_suffix(".md")
-    text = page.read_text(encoding="utf-8")
     others = [method for method in METHODS if method not in MAIN]
     parts = {
         "iid": table("iid", MAIN),
@@ -204,10 +194,7 @@ def report() -> None:
         "look": closer_look("iid", (*MAIN, "feddip95-nested")),
     }
     for name, lines in parts.items():
-        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-        head, rest = text.split(begin)
-        text = head + begin + "\n".join(lines) + "\n" + end + rest.split(end, 1)[1]
-    page.write_text(text, encoding="utf-8")
+        pages.put(page, name, lines)
     draw(page.with_suffix(".png"))
 
 

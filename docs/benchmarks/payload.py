@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import lightning.pytorch as pl
+import pages
 import torch
 from fashion_mnist import ROUNDS
 from payload_aggregation import aggregation, flower
@@ -191,10 +192,7 @@ def machine() -> str:
 def put(name: str, lines: list[str]) -> None:
     """Print lines and put them into the page between its markers."""
     print(f"{name}\n", *lines, "", sep="\n", flush=True)
-    text = PAGE.read_text(encoding="utf-8")
-    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
-    head, rest = text.split(begin)
-    PAGE.write_text(head + begin + "\n".join(lines) + "\n" + end + rest.split(end, 1)[1], encoding="utf-8")
+    pages.put(PAGE, name, lines)
 
 
 def main() -> None:
@@ -210,8 +208,7 @@ def main() -> None:
     put("machine", [machine()])
     for name in names:
         rows = trained(arguments.checkpoints) if name == "trained" else sections[name]()
-        lines = [f"| {' | '.join(row)} |" for row in rows]
-        put(name, [lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+        put(name, pages.table(rows[0], rows[1:]))
 
 
 if __name__ == "__main__":

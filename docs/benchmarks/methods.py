@@ -1,0 +1,293 @@
+"""The methods beside each other: accuracy, bytes, regrowth and seconds on two data sets and two networks.
+
+    python docs/benchmarks/methods.py run                     # every cell that is not complete yet, in order of worth
+    python docs/benchmarks/methods.py run --jobs 2            # the same on two cores
+    python docs/benchmarks/methods.py run mnist-cnn-topk-s0   # some of them
+    python docs/benchmarks/methods.py report                  # the tables of methods.md
+
+A cell is one federation of 60 rounds: 10 clients per round, 10 local steps of batch 20, SGD without momentum, weight decay
+5e-4, a learning rate that falls to a tenth over the rounds. Where it starts is each method's own: the best of three on images
+held out of the training set, in runs of 20 rounds under another seed (the cells named ``lr``). Interrupted cells go on where
+they stopped, from ``runs/methods/``; a complete one leaves its rows in ``methods/CELL.jsonl``, without the bytes of single
+clients. FEDSPARSE_DATA names the folder that holds the data sets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pages
+import torch
+
+from lightning_fedsparse import FederatedDataModule, FederatedLoop, RoundRecord
+from lightning_fedsparse.callbacks import (
+    MaskMonitor,
+    RoundLearningRate,
+    TopKAfterTraining,
+    WidthMasking,
+    feddip,
+    fiarse,
+    sparsyfed,
+    zerofl,
+)
+from lightning_fedsparse.capacities import CapacityShares
+from lightning_fedsparse.datasets import FashionMNISTDataModule, MNISTDataModule
+from lightning_fedsparse.evaluation import Evaluation
+from lightning_fedsparse.models import FedAvgCNN, ImageClassifier, LeNet5
+from lightning_fedsparse.partition import DirichletPartition, NaturalPartition
+from lightning_fedsparse.records import read_history, rewrite_history
+from lightning_fedsparse.schedules import ConstantSchedule, ExponentialSchedule
+
+ROUNDS, SEARCH_ROUNDS, SEARCH_SEED = 60, 20, 100
+COHORT, LOCAL_STEPS, BATCH = 10, 10, 20
+EVERY = 3  # rounds between evaluations
+LAST = 6  # evaluations that make an accuracy: those of the last 18 rounds
+RATES = (0.05, 0.15, 0.5)
+SPARSITY = 0.95
+CAPACITIES = (1.0, 1 / 4, 1 / 16, 1 / 64)
+SEEDS = (0, 1, 2)
+FOLDER = Path(__file__).with_suffix("")
+RUNS = Path("runs", "methods")
+
+DATA = {
+    "fashion": (FashionMNISTDataModule, DirichletPartition(100, alpha=0.1, min_examples=20)),
+    "mnist": (MNISTDataModule, NaturalPartition()),
+}
+NETWORKS = {"cnn": FedAvgCNN, "lenet": LeNet5}
+
+
+def decaying(rounds: int) -> RoundLearningRate:
+    return RoundLearningRate(ExponentialSchedule(1.0, _decay(rounds)))
+
+
+def _decay(rounds: int) -> float:
+    return 0.1 ** (1 / rounds)
+
+
+# what each method is, given the number of rounds
+METHODS: dict[str, Callable[[int], list[pl.Callback]]] = {
+    "dense": lambda rounds: [decaying(rounds)],
+    "feddip": lambda rounds: [*feddip(SPARSITY, learning_rate_decay=_decay(rounds)), MaskMonitor()],
+    "sparsyfed": lambda rounds: sparsyfed(SPARSITY, learning_rate_decay=_decay(rounds)),
+    "fiarse": lambda rounds: [*fiarse(1 - SPARSITY), decaying(rounds)],
+    "topk": lambda rounds: [TopKAfterTraining(ConstantSchedule(SPARSITY)), decaying(rounds), MaskMonitor()],
+    "zerofl": lambda rounds: zerofl(SPARSITY, learning_rate_decay=_decay(rounds)),
+    "sparsyfed_ramp": lambda rounds: sparsyfed(SPARSITY, ramp=0.5, learning_rate_decay=_decay(rounds)),
+}
+# clients of four sizes, a quarter of them each
+UNEQUAL: dict[str, Callable[[int], list[pl.Callback]]] = {
+    "fiarse4": lambda rounds: [*fiarse(), decaying(rounds)],
+    "heterofl4": lambda rounds: [WidthMasking(selection="static"), decaying(rounds)],
+    "fedrolex4": lambda rounds: [WidthMasking(selection="rolling"), decaying(rounds)],
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One federation; with a rate it belongs to the search for that method's rate."""
+
+    data: str
+    network: str
+    method: str
+    seed: int
+    rate: float | None = None
+
+    @property
+    def name(self) -> str:
+        last = f"s{self.seed}" if self.rate is None else f"lr{self.rate:g}"
+        return f"{self.data}-{self.network}-{self.method}-{last}"
+
+    @property
+    def rows(self) -> Path:
+        return FOLDER / f"{self.name}.jsonl"
+
+    def history(self) -> list[RoundRecord]:
+        """Its rows; none while it is not complete."""
+        return read_history(self.rows) if self.rows.exists() else []
+
+    def search(self) -> list[Cell]:
+        return [dataclasses.replace(self, seed=SEARCH_SEED, rate=rate) for rate in RATES]
+
+
+def methods_for(network: str) -> list[str]:
+    """What the ramp is for is a network without weights to spare."""
+    return [method for method in METHODS if (network, method) != ("cnn", "sparsyfed_ramp")]
+
+
+def cells() -> list[Cell]:
+    """Everything, in the order in which it is worth having."""
+    equal = [
+        Cell(data, network, method, seed)
+        for network in NETWORKS
+        for seed in SEEDS
+        for data in DATA
+        for method in methods_for(network)
+    ]
+    unequal = [Cell("fashion", "cnn", method, seed) for seed in SEEDS for method in UNEQUAL]
+    runs = sorted([*equal, *unequal], key=lambda cell: (cell.seed, cell.network))
+    return [*dict.fromkeys(trial for cell in runs for trial in cell.search()), *runs]
+
+
+def run(cell: Cell) -> None:
+    """Run one cell to its end, or go on with it."""
+    if cell.history():
+        return
+    torch.set_num_threads(1)
+    rounds = ROUNDS if cell.rate is None else SEARCH_ROUNDS
+    rate = best_rate(cell) if cell.rate is None else cell.rate
+    if rate is None:
+        print(f"{cell.name}: its learning rate is not searched yet", flush=True)
+        return
+    pl.seed_everything(cell.seed, verbose=False)
+    optimizer = partial(torch.optim.SGD, lr=rate, weight_decay=5e-4)
+    model = ImageClassifier(NETWORKS[cell.network](), optimizer, image_shape=(1, 28, 28))
+    module, partition = DATA[cell.data]
+    data = FederatedDataModule(
+        module(batch_size=BATCH, validation_fraction=0.0 if cell.rate is None else 0.1),
+        partition,
+        capacities=CapacityShares(dict.fromkeys(CAPACITIES, 0.25), shuffle=True) if cell.method in UNEQUAL else None,
+    )
+    split = "test" if cell.rate is None else "validation"
+    folder = RUNS / cell.name
+    loop = FederatedLoop(
+        rounds,
+        COHORT,
+        {**METHODS, **UNEQUAL}[cell.method](rounds),
+        {"max_steps": LOCAL_STEPS, "max_epochs": -1},
+        evaluation=Evaluation(split, every=EVERY, capacities=CAPACITIES[1:] if cell.method in UNEQUAL else ()),
+        seed=cell.seed,
+        checkpoint_every=10,
+        default_root_dir=folder,
+        console=False,
+    )
+    print(f"{cell.name}: started with learning rate {rate:g}", flush=True)
+    try:
+        history = loop.fit(model, data, ckpt_path="last" if (folder / "checkpoints" / "last.ckpt").exists() else None)
+    except RuntimeError as error:
+        # a rate that diverges is a result of the search
+        print(f"{cell.name}: {error}", flush=True)
+        history = loop.history
+    FOLDER.mkdir(exist_ok=True)
+    rewrite_history(cell.rows, [dataclasses.replace(record, clients={}) for record in history])
+    print(f"{cell.name}: {accuracy(history):.2f} %", flush=True)
+
+
+def best_rate(cell: Cell) -> float | None:
+    """The rate of the best search run that came to its end; None while one of them is missing."""
+    trials = [(trial.rate, trial.history()) for trial in cell.search()]
+    if not all(history for _, history in trials):
+        return None
+    return max((accuracy(history, last=2), rate) for rate, history in trials if history[-1].round == SEARCH_ROUNDS)[1]
+
+
+def accuracy(history: Sequence[RoundRecord], *, capacity: float = 1.0, last: int = LAST) -> float:
+    """Mean of the last evaluations of the whole model, or of a submodel, in %."""
+    suffix = "_accuracy" if capacity == 1 else f"_accuracy@{capacity:g}"
+    values = [value for record in history for name, value in record.metrics.items() if name.endswith(suffix)]
+    return 100 * statistics.mean(values[-last:])
+
+
+def mean_metric(histories: Iterable[Sequence[RoundRecord]], name: str) -> str:
+    """Mean of a metric over the rounds that have it, over all histories; a dash if none has."""
+    values = [record.metrics[name] for history in histories for record in history if name in record.metrics]
+    return f"{statistics.mean(values):,.0f}" if values else "-"
+
+
+def bytes_to_dense(history: Sequence[RoundRecord], direction: str) -> float:
+    """Encoded bytes of the whole run over those of raw dense tensors."""
+    sent, dense = (sum(getattr(record, f"{key}_{direction}") for record in history) for key in ("bytes", "dense_bytes"))
+    return sent / dense
+
+
+def excess(histories: Iterable[Sequence[RoundRecord]]) -> str:
+    """Density of the global masks above the target, in points, over the last 18 rounds; a dash without global masks."""
+    values = [
+        100 * statistics.mean(SPARSITY - record.sparsity for record in history[-EVERY * LAST :])
+        for history in histories
+    ]
+    return "-" if min(values) == 100 * SPARSITY else pages.spread(values)
+
+
+def table(data: str, network: str) -> list[str]:
+    """One row per method at 95 % sparsity."""
+    head = ["method", "rate", "seeds", "accuracy, %", "minus dense, points", "bytes up / down", "back from zero"]
+    table_rows = []
+    dense = {seed: Cell(data, network, "dense", seed).history() for seed in SEEDS}
+    for method in methods_for(network):
+        found = {seed: rows for seed in SEEDS if (rows := Cell(data, network, method, seed).history())}
+        if not found:
+            table_rows.append([method, "not run"])
+            continue
+        gaps = [accuracy(rows) - accuracy(dense[seed]) for seed, rows in found.items() if dense[seed]]
+        sent = (statistics.mean(bytes_to_dense(rows, way) for rows in found.values()) for way in ("up", "down"))
+        cells = [
+            method,
+            f"{best_rate(Cell(data, network, method, 0)):g}",
+            ", ".join(map(str, found)),
+            pages.spread(accuracy(rows) for rows in found.values()),
+            pages.spread(gaps) if gaps else "",
+            " / ".join(f"{ratio:.3f}x" for ratio in sent),
+            mean_metric(found.values(), "regrowth/activated"),
+            excess(found.values()),
+            f"{statistics.median(record.seconds for rows in found.values() for record in rows[1:]):.1f}",
+        ]
+        table_rows.append(cells)
+    return pages.table([*head, "excess density, points", "seconds per round"], table_rows)
+
+
+def unequal_table() -> list[str]:
+    """One row per way to make submodels, one column per size."""
+    sizes = [f"1/{1 / capacity:.0f}" if capacity < 1 else "1" for capacity in CAPACITIES]
+    table_rows = []
+    for method in UNEQUAL:
+        cell = Cell("fashion", "cnn", method, 0)
+        found = {seed: rows for seed in SEEDS if (rows := dataclasses.replace(cell, seed=seed).history())}
+        if not found:
+            table_rows.append([method, "not run"])
+            continue
+        sent = (statistics.mean(bytes_to_dense(rows, way) for rows in found.values()) for way in ("up", "down"))
+        accuracies = [pages.spread(accuracy(rows, capacity=size) for rows in found.values()) for size in CAPACITIES]
+        cells = [method, f"{best_rate(cell):g}", ", ".join(map(str, found)), *accuracies]
+        table_rows.append([*cells, " / ".join(f"{ratio:.3f}x" for ratio in sent)])
+    head = ["method", "rate", "seeds", *(f"accuracy at {size}, %" for size in sizes), "bytes up / down"]
+    return pages.table(head, table_rows)
+
+
+def report() -> None:
+    """Put the tables into the page between its markers."""
+    page = Path(__file__).with_suffix(".md")
+    parts = {f"{data}-{network}": table(data, network) for data in DATA for network in NETWORKS}
+    for name, lines in {**parts, "unequal": unequal_table()}.items():
+        pages.put(page, name, lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run")
+    running.add_argument("cells", nargs="*", help="beginnings of names of cells, all by default")
+    running.add_argument("--jobs", type=int, default=1, help="cells at a time")
+    commands.add_parser("report")
+    arguments = parser.parse_args()
+    if arguments.command == "report":
+        report()
+        return
+    wanted = [cell for cell in cells() if not arguments.cells or cell.name.startswith(tuple(arguments.cells))]
+    os.environ["OMP_NUM_THREADS"] = "1"
+    # the search comes first in the list, and a cell waits for its own: searches and runs are two batches
+    for batch in ([cell for cell in wanted if cell.rate], [cell for cell in wanted if not cell.rate]):
+        with ProcessPoolExecutor(arguments.jobs) as pool:
+            list(pool.map(run, batch))
+
+
+if __name__ == "__main__":
+    main()
