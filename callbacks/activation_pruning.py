@@ -78,7 +78,7 @@ class ActivationPruning(SparsityCallback):
             rest of ``fit`` (of the client's round in a federation).
         density_floor: Least share of a layer's input that is kept, in (0, 1]; the released code's is 1e-7, and 0.01 for
             vision transformers.
-        first_layer: Whether the first of the selected layers takes part; its input are the examples themselves.
+        first_layer: Whether the first of the selected layers takes part; its input is the examples themselves.
         include: Globs of weight names whose layers' inputs are pruned, instead of all convolution and linear layers.
         exclude: Globs of weight names whose layers are left alone.
 

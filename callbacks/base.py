@@ -62,6 +62,9 @@ class SparsityCallback(pl.Callback):
         """On the server, before round 0 (and before a checkpoint replaces ``state``); ``seed`` is for own draws."""
         return state
 
+    def on_server_resume(self, state: ServerState) -> None:
+        """On the server, after a checkpoint has replaced the state: take from ``state.methods`` what was kept there."""
+
     def client_broadcast(self, state: ServerState, client: Client, broadcast: SparseUpdate) -> SparseUpdate:
         """On the server: what this client gets of the round's broadcast.
 

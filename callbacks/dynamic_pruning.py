@@ -192,8 +192,10 @@ class DynamicPruning(MagnitudePruning):
 
     @override
     def on_server_start(self, pl_module: pl.LightningModule, state: ServerState, seed: int) -> ServerState:
+        self._proposers, self._able = {}, 0  # of a round that was cut off
         if self.erk_positions == "random_per_client":
             self.find_names(pl_module)
+            self.masks = {}
         else:
             state = super().on_server_start(pl_module, state, seed)
         for client_id, capacity in state.capacities.items():

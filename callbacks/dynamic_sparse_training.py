@@ -46,7 +46,7 @@ from lightning_fedsparse.schedules import Progress
 from lightning_fedsparse.server import ServerState
 from lightning_fedsparse.submodels import SubmodelTransform
 from lightning_fedsparse.transforms import Transform, Weights
-from lightning_fedsparse.update import MaskSet, SparseUpdate, gather
+from lightning_fedsparse.update import SparseUpdate, remask
 
 __all__ = ["DynamicSparseTraining", "moved_mask"]
 
@@ -57,7 +57,7 @@ def moved_mask(weight: Tensor, gradient: Tensor, mask: Tensor, share: float) -> 
 
     Args:
         weight: The layer's weights; among equal ones the higher flat index stays.
-        gradient: Of its shape; NaN counts as 0, as a scaler that overflows may leave it.
+        gradient: Of its shape; NaN and infinities count as 0, as a scaler that overflows may leave them.
         mask: Of its shape, bool (True = kept).
         share: Of the kept weights to drop, in [0, 1], rounded down; what is dropped may grow again.
 
@@ -75,7 +75,7 @@ def moved_mask(weight: Tensor, gradient: Tensor, mask: Tensor, share: float) -> 
     count = math.floor(share * len(kept))
     flat[kept[largest(weight.reshape(-1)[kept].abs(), len(kept) - count)]] = True
     free = (~flat).nonzero().squeeze(1)
-    flat[free[largest(gradient.reshape(-1)[free].abs().nan_to_num(), count)]] = True
+    flat[free[largest(gradient.reshape(-1)[free].abs().nan_to_num(0.0, 0.0, 0.0), count)]] = True
     return moved
 
 
@@ -254,13 +254,11 @@ class DynamicSparseTraining(EffectiveWeightCallback):
         assert self.client_round is not None
         if self.share(self.client_round.progress) == 0:
             return replace(update, absent="unheld")
-        # the order of names is the model's: a mapping that is merged keeps it
-        merged = MaskSet.of({**update.masks, **self.masks})
-        values = {**update.values, **gather(dict(pl_module.named_parameters()), self.masks)}
-        return replace(update, values=values, masks=merged, mask_id=merged.id, absent="unheld")
+        return replace(remask(update, dict(pl_module.named_parameters()), self.masks), absent="unheld")
 
     @override
     def on_server_start(self, pl_module: pl.LightningModule, state: ServerState, seed: int) -> ServerState:
+        self.masks, self._held = {}, {}
         names = self._find(pl_module)
         state.set_masks(top_masks({name: state.weights[name] for name in names}, self._counts))
         return state

@@ -116,9 +116,11 @@ class FixedMask(MagnitudePruning):
 
     @override
     def on_server_start(self, pl_module: pl.LightningModule, state: ServerState, seed: int) -> ServerState:
+        self._kept, self._examples = {}, 0  # of a round that was cut off
         if self.positions != "warmup":
             return super().on_server_start(pl_module, state, seed)
         self.find_names(pl_module)
+        self.masks, self._last_step = {}, None  # of a plain fit before
         return state
 
     @override

@@ -1,4 +1,4 @@
-r"""Gradient pruning: the weights that the gradient pulls at most are kept, pruned ones among them.
+r"""Gradient pruning: the weights that the gradient pulls hardest are kept, pruned ones among them.
 
 At every reconfiguration the mask keeps the weights of largest importance at the scheduled sparsity, over the whole model,
 
@@ -51,8 +51,10 @@ class _Summing(MaskTransform):
     def chain_(self, gradients: Weights, stored: Weights, effective: Weights) -> None:
         """Add the gradients, then mask them."""
         for name, gradient in gradients.items():
+            # a scaler that overflows leaves infinities, in a step that is then skipped
+            finite = gradient.nan_to_num(0.0, 0.0, 0.0)
             held = self._sums.get(name)
-            self._sums[name] = gradient.clone() if held is None else held.to(gradient).add_(gradient)
+            self._sums[name] = finite if held is None else held.to(finite).add_(finite)
         super().chain_(gradients, stored, effective)
 
 
@@ -89,9 +91,8 @@ class GradientPruning(MagnitudePruning):
     def masks_at(self, weights: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
         pulls = weights
         if self._sums:
-            # a frozen weight has no gradient, and a scaler that overflows may leave NaN
-            found = {name: self._sums.get(name, torch.zeros_like(weight)) for name, weight in weights.items()}
-            pulls = {name: pull.nan_to_num() for name, pull in found.items()}
+            # a frozen weight has no gradient
+            pulls = {name: self._sums.get(name, torch.zeros_like(weight)) for name, weight in weights.items()}
         masks = magnitude_masks(pulls, sparsity)
         self._sums.clear()
         return masks
@@ -124,6 +125,11 @@ class GradientPruning(MagnitudePruning):
         self._sums = dict(state_dict["sums"])
 
     # -- in a federation -------------------------------------------------------------------------------------------
+
+    @override
+    def on_server_start(self, pl_module: pl.LightningModule, state: ServerState, seed: int) -> ServerState:
+        self._sums, self._before = {}, {}
+        return super().on_server_start(pl_module, state, seed)
 
     @override
     def on_client_round_end(

@@ -182,6 +182,7 @@ class ImportanceMasking(SubmodelCallback):
     @override
     def on_server_start(self, pl_module: pl.LightningModule, state: ServerState, seed: int) -> ServerState:
         self._find(pl_module)
+        self.masks, self.thresholds = {}, {}  # of a plain fit before
         return state
 
     @override

@@ -29,7 +29,7 @@ from lightning_fedsparse.effective import EffectiveWeights
 from lightning_fedsparse.masks import magnitude_masks, pack_mask, unpack_mask
 from lightning_fedsparse.prunable import prunable_parameters
 from lightning_fedsparse.rounds import ClientRound, ServerRound
-from lightning_fedsparse.schedules import Progress, Schedule
+from lightning_fedsparse.schedules import Progress, Schedule, require_sparsities
 from lightning_fedsparse.server import ServerState
 from lightning_fedsparse.transforms import MaskTransform, Transform
 
@@ -93,14 +93,7 @@ class MagnitudePruning(EffectiveWeightCallback):
         fold: bool = True,
     ) -> None:
         super().__init__()
-        first, last = schedule(0.0), schedule(1.0)
-        for value in (first, last):
-            if not 0 <= value < 1:
-                raise ValueError(f"expected a sparsity schedule with values in [0, 1), got {value} from {schedule}")
-        if last < first:
-            raise ValueError(
-                f"expected a sparsity schedule that does not decrease, got {first} to {last} from {schedule}"
-            )
+        require_sparsities(schedule)
         if every < 1:
             raise ValueError(f"expected a period of at least 1, got every={every}")
         if not 0 <= start < end <= 1:
@@ -248,6 +241,7 @@ class MagnitudePruning(EffectiveWeightCallback):
     @override
     def on_server_start(self, pl_module: pl.LightningModule, state: ServerState, seed: int) -> ServerState:
         self.find_names(pl_module)
+        self.masks, self._last_step = {}, None  # of a plain fit before
         sparsity = self.target(Progress(0, 1))
         if sparsity is not None:
             state.set_masks(self.initial_masks(self._weights(state), sparsity, seed))

@@ -44,7 +44,7 @@ from lightning_fedsparse.metrics import DensityExcess
 from lightning_fedsparse.narrowing import NarrowedBroadcasts
 from lightning_fedsparse.prunable import prunable_parameters
 from lightning_fedsparse.rounds import ServerRound, UploadRule
-from lightning_fedsparse.schedules import Progress, Schedule
+from lightning_fedsparse.schedules import Progress, Schedule, require_sparsities
 from lightning_fedsparse.server import ServerState
 from lightning_fedsparse.update import SparseUpdate, remask
 
@@ -76,14 +76,8 @@ class TopKAfterTraining(SparsityCallback):
         exclude: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        first, last = schedule(0.0), schedule(1.0)
-        for value in (first, last):
-            if not 0 <= value < 1:
-                raise ValueError(f"expected a sparsity schedule with values in [0, 1), got {value} from {schedule}")
-        if last < first:
-            raise ValueError(
-                f"expected a sparsity schedule that does not decrease, got {first} to {last} from {schedule}"
-            )
+        require_sparsities(schedule)
+        last = schedule(1.0)
         if not 0 < end <= 1:
             raise ValueError(f"expected end in (0, 1], got {end}")
         if not 0 <= layer_floor < 1 - last:

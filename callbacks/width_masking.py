@@ -40,13 +40,11 @@ from typing_extensions import override
 
 from lightning_fedsparse.callbacks.submodel import SubmodelCallback
 from lightning_fedsparse.channels import ChannelGroup, channel_groups, unit_count, width_masks, window
-from lightning_fedsparse.clients import Client
 from lightning_fedsparse.rounds import ServerRound
 from lightning_fedsparse.seeding import derive_seed
 from lightning_fedsparse.server import ServerState
 from lightning_fedsparse.submodels import SubmodelTransform
 from lightning_fedsparse.transforms import Transform
-from lightning_fedsparse.update import SparseUpdate
 
 __all__ = ["WidthMasking"]
 
@@ -180,13 +178,13 @@ class WidthMasking(SubmodelCallback):
     def on_server_start(self, pl_module: pl.LightningModule, state: ServerState, seed: int) -> ServerState:
         self._groups = _trace(pl_module)
         self._round, self._seed = 0, seed
+        self.masks = {}  # of a plain fit before
         state.methods[self.state_key] = self._round
         return state
 
     @override
-    def client_broadcast(self, state: ServerState, client: Client, broadcast: SparseUpdate) -> SparseUpdate:
-        self._round = state.methods[self.state_key]  # after resuming only the state knows
-        return super().client_broadcast(state, client, broadcast)
+    def on_server_resume(self, state: ServerState) -> None:
+        self._round = state.methods[self.state_key]
 
     @override
     def on_server_round_end(self, state: ServerState, server_round: ServerRound) -> ServerState:

@@ -115,9 +115,15 @@ class ClientWorker:
         self._received: OrderedDict[tuple[bytes, str | None], SparseUpdate] = OrderedDict()
 
     @property
-    def callbacks(self) -> list[pl.Callback]:
-        """The callbacks that every client round gets copies of."""
-        return self._trainers.callbacks
+    def parts(self) -> dict[str, Any]:
+        """What it is made of, by what a user calls it."""
+        trainers = self._trainers
+        return {
+            "the model": self.module,
+            "the data": self.data,
+            "callbacks": trainers.callbacks,
+            "the Trainer's arguments": trainers.arguments,
+        }
 
     def hold(self, versions: Iterable[MaskSet]) -> None:
         """Take mask versions that the clients are known to hold, oldest first."""

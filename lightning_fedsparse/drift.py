@@ -34,7 +34,7 @@ class DriftingDataModule(FederatedDataModule):
         start: Share of the rounds after which the data change, in (0, 1).
 
     Raises:
-        ValueError: If ``start`` is out of range; when the clients are built, if the two have other ids.
+        ValueError: If ``start`` is out of range; when the clients are built, if the two have other ids or capacities.
     """
 
     def __init__(self, before: FederatedDataModule, after: FederatedDataModule, *, start: float = 0.5) -> None:
@@ -55,6 +55,8 @@ class DriftingDataModule(FederatedDataModule):
             raise ValueError(
                 f"expected the same clients before and after, got {len(ids)} and {len(self.after.client_ids)}, which differ"
             )
+        if self.after.capacities != self.before.capacities:
+            raise ValueError("expected the same capacities before and after: a client's is fixed for the run")
         return ids
 
     def start_round(self, progress: Progress) -> None:
@@ -67,8 +69,8 @@ class DriftingDataModule(FederatedDataModule):
 
     @property
     def capacities(self) -> dict[str, float]:
-        """Every client's capacity now, by its id; empty where clients have none."""
-        return self._now.capacities
+        """Every client's capacity, by its id; empty where clients have none."""
+        return self.before.capacities
 
     def prepare_data(self) -> None:
         """Prepare both."""

@@ -112,6 +112,7 @@ def evaluate(
         runner = _trainer(trainer)
         run = runner.validate if split == "validation" else runner.test
         run(module, datamodule=data, verbose=False)
+    data.trainer = None  # it would travel to worker processes with the data
     return _scalars(runner.callback_metrics)
 
 

@@ -44,6 +44,7 @@ from lightning_fedsparse.payload import Limits, PayloadError, check_update, deco
 from lightning_fedsparse.records import RoundRecord
 from lightning_fedsparse.rounds import ServerRound, UploadRule
 from lightning_fedsparse.sampling import UniformSampling
+from lightning_fedsparse.schedules import Progress
 from lightning_fedsparse.seeding import derive_seed
 from lightning_fedsparse.server import OptimizerFactory, ServerOptimizer, ServerState
 from lightning_fedsparse.tally import RoundTally
@@ -331,6 +332,7 @@ class FederatedLoop:
                 "FederatedDataModule(datamodule, IidPartition(num_clients=10))"
             )
         model.configure_model()
+        data.start_round(Progress(0, self.rounds))
         self.history = []
         self._model = model
         self._data = data
@@ -362,5 +364,8 @@ class FederatedLoop:
         content, self.history = self.folder.resume(ckpt_path)
         self._federation.load_state_dict(content)
         self._worker.hold(self._federation.broadcaster.versions)
+        for method in self._methods:
+            method.on_server_resume(self._federation.state)
         done: int = content["round"]
+        self._data.start_round(Progress(done, self.rounds))
         return done

@@ -16,6 +16,10 @@ class NarrowedBroadcasts:
         self._whole: SparseUpdate | None = None
         self._of: dict[Hashable, SparseUpdate] = {}
 
+    def __reduce__(self) -> tuple[type[NarrowedBroadcasts], tuple[()]]:
+        """Copy and pickle it empty: a round's broadcasts are of no use elsewhere."""
+        return NarrowedBroadcasts, ()
+
     def get(self, whole: SparseUpdate, key: Hashable, make: Callable[[], SparseUpdate]) -> SparseUpdate:
         """What clients of this key get.
 

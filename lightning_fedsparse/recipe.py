@@ -69,7 +69,10 @@ def recipe_files(path: Path) -> list[Path]:
     if name is None:
         return [path]
     beside = path.parent / str(name)
-    base = beside if beside.is_file() else find_recipe(str(name))
+    try:
+        base = beside if beside.is_file() else find_recipe(str(name))
+    except RecipeError as error:
+        raise RecipeError(f"expected the base of {path} to be a recipe: {error}") from error
     if "base" in _content(base):
         raise RecipeError(f"expected a base without a base of its own in {path}, got {name!r}")
     return [base, path]

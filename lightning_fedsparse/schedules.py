@@ -35,6 +35,7 @@ __all__ = [
     "Progress",
     "Schedule",
     "StaircaseSchedule",
+    "require_sparsities",
 ]
 
 
@@ -265,10 +266,12 @@ class ExponentialSchedule(Schedule):
 class DipSchedule(Schedule):
     """Another schedule, but ``value`` from ``start`` up to ``end``: a sparsity that returns to a denser model for a while.
 
+    The shares are of the time that a callback runs its schedule over, which may end before the run does.
+
     Args:
         schedule: What holds before and after.
-        start: Share of the run at which the dip begins, above 0.
-        end: Share of the run before which it is over, above ``start`` and at most 1.
+        start: Share of that time at which the dip begins, above 0.
+        end: Share of that time before which it is over, above ``start`` and at most 1.
         value: Value in the dip.
 
     Example:
@@ -292,6 +295,22 @@ class DipSchedule(Schedule):
     def __call__(self, progress: Progress | float) -> float:
         """Value at this progress."""
         return self.value if self.start <= _fraction(progress) < self.end else self.schedule(progress)
+
+
+def require_sparsities(schedule: Schedule) -> None:
+    """See that a schedule is one of sparsities.
+
+    Raises:
+        ValueError: If one of a hundred values along it is outside [0, 1), or the last is below the first.
+    """
+    values = [schedule(point / 100) for point in range(101)]
+    for value in values:
+        if not 0 <= value < 1:
+            raise ValueError(f"expected a sparsity schedule with values in [0, 1), got {value} from {schedule}")
+    if values[-1] < values[0]:
+        raise ValueError(
+            f"expected a sparsity schedule that does not decrease, got {values[0]} to {values[-1]} from {schedule}"
+        )
 
 
 def _fraction(progress: Progress | float) -> float:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedsparse import FederatedLoop
 from lightning_fedsparse.callbacks import GradientPruning
+from lightning_fedsparse.callbacks.gradient_pruning import _Summing
 from lightning_fedsparse.sampling import UniformSampling
 from lightning_fedsparse.schedules import ConstantSchedule, CubicSchedule
 from lightning_fedsparse.seeding import derive_seed
@@ -144,3 +145,11 @@ def test_a_resumed_fit_goes_on_with_its_sums(tmp_path):
 def test_a_period_below_one(every):
     with pytest.raises(ValueError, match="expected a period of at least 1"):
         GradientPruning(ConstantSchedule(0.5), every=every)
+
+
+def test_a_step_that_overflowed_pulls_at_nothing():
+    sums = {}
+    transform = _Summing({"w": torch.ones(4, dtype=torch.bool)}, sums)
+    transform.chain_({"w": torch.tensor([float("nan"), float("inf"), -float("inf"), 1.0])}, {}, {})
+    transform.chain_({"w": torch.tensor([2.0, 0.0, 1.0, 1.0])}, {}, {})
+    assert sums["w"].tolist() == [2.0, 0.0, 1.0, 2.0]

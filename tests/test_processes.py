@@ -8,6 +8,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.profilers import PassThroughProfiler
 
 from lightning_fedsparse import FederatedDataModule, FederatedLoop
 from lightning_fedsparse.callbacks import feddip, fiarse
@@ -57,11 +58,17 @@ def raising(trap):
     raise UnsendableError(7, "no such file as part")
 
 
-def run(executor=None, callbacks=None, *, model=None, data=None, rounds=2, per_round=3):
+def run(executor=None, callbacks=None, *, model=None, data=None, rounds=2, per_round=3, trainer=None):
     torch.manual_seed(0)
     model = model or Net()
     loop = FederatedLoop(
-        rounds, per_round, callbacks, {"max_epochs": 1}, executor=executor, evaluation=QUIET, console=False
+        rounds,
+        per_round,
+        callbacks,
+        {"max_epochs": 1, **(trainer or {})},
+        executor=executor,
+        evaluation=QUIET,
+        console=False,
     )
     history = loop.fit(model, data or loaders(clients()))
     rows = [(r.train_loss, r.bytes_up, r.bytes_down, r.sparsity, sorted(r.clients)) for r in history]
@@ -121,7 +128,9 @@ def test_a_worker_that_is_killed_is_replaced_and_its_client_runs_again(tmp_path)
 def test_a_client_that_kills_every_worker_ends_the_run(tmp_path):
     trap = tmp_path / "trap"
     trap.touch()
-    with pytest.raises(RuntimeError, match=r"to run client 'c\d' in round 1, 3 died of it, the last with exit code -9"):
+    with pytest.raises(
+        RuntimeError, match=r"to run client 'c\d' in round 1, 3 workers died in it, the last with exit code -9"
+    ):
         run(ProcessExecutor(1), model=Dying(str(trap), killed))
 
 
@@ -142,20 +151,27 @@ def test_a_worker_that_hangs_is_ended(tmp_path):
 def test_what_a_client_raises_arrives(tmp_path):
     trap = tmp_path / "trap"
     trap.touch()
-    with pytest.raises(RuntimeError, match="UnsendableError: no such file as part 7"):
+    with pytest.raises(RuntimeError, match="UnsendableError: no such file as part 7") as caught:
         run(ProcessExecutor(1), model=Dying(str(trap), raising))
+    assert "in training_step" in str(caught.value.__cause__)  # where it was raised
 
 
 @pytest.mark.parametrize(
     ("what", "arguments"),
     [
-        ("model", lambda: {"model": Dying("", lambda trap: None)}),
+        ("the model", lambda: {"model": Dying("", lambda trap: None)}),
         ("callbacks", lambda: {"callbacks": [_WithLambda()]}),
+        ("the Trainer's arguments", lambda: {"trainer": {"profiler": Unpicklable()}}),
     ],
 )
 def test_what_cannot_be_sent(what, arguments):
-    with pytest.raises(ValueError, match=f"expected a {what} that can be sent to worker processes"):
+    with pytest.raises(ValueError, match=f"expected {what} to be sent to worker processes"):
         run(ProcessExecutor(1), **arguments())
+
+
+class Unpicklable(PassThroughProfiler):
+    def __reduce__(self):
+        raise TypeError("a handle of the system")
 
 
 class _WithLambda(pl.Callback):

@@ -324,7 +324,10 @@ def test_a_recipe_consists_of_its_base_and_itself(tmp_path: Path) -> None:
 
 
 def test_a_wrong_base_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"^unknown recipe 'quikstart': did you mean quickstart\?$"):
+    message = (
+        r"^expected the base of .*mine.yaml to be a recipe: unknown recipe 'quikstart': did you mean quickstart\?$"
+    )
+    with pytest.raises(RecipeError, match=message):
         Recipe.read(based(tmp_path, "", "quikstart"))
     based(tmp_path, "")
     second = tmp_path / "second.yaml"

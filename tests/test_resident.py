@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     StochasticWeightAveraging,
 )
+from lightning.pytorch.plugins import MixedPrecision
 from torch.nn import functional as F
 
 from lightning_fedsparse import FederatedLoop
@@ -154,6 +155,16 @@ def test_callbacks_are_copied_when_it_is_made_and_again_for_each_fit():
         assert found.batches == 0
         trainer.fit(ConvNet(), loader(8))
         assert found.batches > 0
+
+
+def test_a_gradient_scaler_starts_anew():
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1)
+    trainers = ResidentTrainer({"max_epochs": 1, "plugins": [MixedPrecision("16-mixed", "cpu", scaler)]})
+    assert trainers.next().precision_plugin.scaler is scaler
+    scaler.scale(torch.ones(()))
+    scaler.update(8.0)
+    assert scaler.get_scale() == 8.0
+    assert trainers.next().precision_plugin.scaler.get_scale() == 1024.0
 
 
 def test_only_fresh_ones_are_new_objects():

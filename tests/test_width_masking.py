@@ -286,6 +286,16 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(selection: Any, tmp_path: 
     assert [row.bytes_down for row in loop.history] == [row.bytes_down for row in whole.history]
 
 
+def test_a_finished_run_that_is_resumed_returns_the_submodel_that_it_ended_with(tmp_path: Any) -> None:
+    def once(**fit: Any) -> Any:
+        rolling = WidthMasking(0.25, selection="rolling")
+        return run(2, [rolling], data=federated(None), per_round=2, default_root_dir=tmp_path, fit=fit)[1].state_dict()
+
+    expected = once()
+    found = once(ckpt_path="last")
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_a_checkpoint_of_the_server_holds_the_whole_model(tmp_path: Any) -> None:
     _, model = run(2, default_root_dir=tmp_path)
     plain = load_folded(tmp_path / "checkpoints" / "last.ckpt", Wide())

@@ -14,8 +14,10 @@ import signal
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
+from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
 from typing import Any
 
 import torch
@@ -43,7 +45,8 @@ class ProcessExecutor(Executor):
         start_timeout: Seconds that a worker may take to start, above 0.
 
     Raises:
-        ValueError: For a value out of range; when the run starts, for a model, data or callbacks that can't be pickled.
+        ValueError: For a value out of range; when the run starts, for a model, data, callbacks or Trainer arguments that can't
+            be pickled.
         RuntimeError: In a round, if a client's worker dies three times over, or takes longer than ``timeout``.
     """
 
@@ -127,43 +130,45 @@ class ProcessExecutor(Executor):
         assert self._pickled is not None
         cores = sorted(os.sched_getaffinity(0)) if self.pin and hasattr(os, "sched_getaffinity") else []
         core = cores[number % len(cores)] if cores else None
-        return _Process(self._pickled[1], core, self.timeout, self.start_timeout)
+        return _Process(self._pickled[1], core, self.start_timeout)
 
     def _give_out(self, tasks: list[_Task]) -> None:
         waiting = [task for task in tasks if not task.running and task.result is None]
         # clients that never ran come first: they may be the longest
         waiting.sort(key=lambda task: -self._seconds.get(task.job.client_id, float("inf")))
         for process in self._processes:
-            if process.task is None and waiting:
-                process.give(waiting.pop(0))
+            if process.started and process.task is None and waiting:
+                process.give(waiting.pop(0), self.timeout)
 
     def _collect(self) -> None:
         """Wait for a worker to say something, to die, or to take too long."""
-        busy = [process for process in self._processes if process.task is not None]
-        limit = min(process.deadline for process in busy) - time.monotonic()
-        ready = wait([handle for process in busy for handle in process.handles], timeout=max(0.0, limit))
-        for process in busy:
-            task = process.task
-            assert task is not None
-            where = f"client {task.job.client_id!r} in round {task.job.index + 1}"
+        active = [process for process in self._processes if process.task is not None or not process.started]
+        limit = min(process.deadline for process in active) - time.monotonic()
+        ready = wait([handle for process in active for handle in process.handles], timeout=max(0.0, limit))
+        for process in active:
             try:
                 said = process.listen() if process.connection in ready else None
-            except (EOFError, ConnectionResetError):
-                self._replace(process, task, where)
+            except (EOFError, OSError):  # the latter if it died in the middle of a message
+                self._replace(process)
                 continue
+            task = process.task
             if isinstance(said, BaseException):
                 process.task = None
                 raise said
-            if said is not None:
+            if said is not None and task is not None:
                 process.task, task.result = None, said
                 self._seconds[said.client_id] = said.seconds
             elif process.sentinel in ready:
-                self._replace(process, task, where)
+                self._replace(process)
             elif time.monotonic() >= process.deadline:
                 process.end()
-                raise RuntimeError(f"expected {where} to take at most {self.timeout:g} seconds, its worker was ended")
+                if task is None:
+                    raise RuntimeError(f"expected a worker process to start within {self.start_timeout:g} seconds")
+                raise RuntimeError(
+                    f"expected {task.where} to take at most {self.timeout:g} seconds, its worker was ended"
+                )
 
-    def _replace(self, process: _Process, task: _Task, where: str) -> None:
+    def _replace(self, process: _Process) -> None:
         """Start another worker in place of one that died; its client goes back to those that wait."""
         process.end()
         if not process.started:
@@ -171,12 +176,14 @@ class ProcessExecutor(Executor):
                 f"expected a worker process to start, it ended with exit code {process.exitcode}: a script that starts "
                 'workers must do so under `if __name__ == "__main__":`'
             )
+        task = process.task
+        assert task is not None
         task.running = False
         task.deaths += 1
         if task.deaths == _TRIES:
             raise RuntimeError(
-                f"expected a worker to run {where}, {_TRIES} died of it, the last with exit code {process.exitcode}: the "
-                "system ends processes that need more memory than there is"
+                f"expected a worker to run {task.where}, {_TRIES} workers died in it, the last with exit code "
+                f"{process.exitcode}: the system ends processes that need more memory than there is"
             )
         number = self._processes.index(process)
         self._processes[number] = self._start(number)
@@ -192,6 +199,10 @@ class _Task:
     deaths: int = 0
     result: ClientResult | None = None
 
+    @property
+    def where(self) -> str:
+        return f"client {self.job.client_id!r} in round {self.job.index + 1}"
+
 
 @dataclass
 class _Process:
@@ -199,7 +210,6 @@ class _Process:
 
     pickled: Tensor
     core: int | None
-    timeout: float
     start_timeout: float
     task: _Task | None = None
     started: bool = False
@@ -216,35 +226,33 @@ class _Process:
         self._process.start()
         theirs.close()
         self.sentinel = self._process.sentinel
+        self.deadline = time.monotonic() + self.start_timeout
+        with suppress(OSError):  # if it died already, its sentinel says so
+            self.connection.send(self.pickled)
 
     @property
     def handles(self) -> tuple[Connection, int]:
         return self.connection, self.sentinel
 
-    def give(self, task: _Task) -> None:
+    def give(self, task: _Task, timeout: float) -> None:
         """Send a client's round, with its broadcast if that is not the last one sent."""
-        try:
-            if self._last is None:
-                self.connection.send(self.pickled)
+        with suppress(OSError):  # if it died, its sentinel says so
             # by plain pickle, here and back: what clients remember must not stay in shared memory for the whole run
             self.connection.send_bytes(pickle.dumps(task.job))
             self.connection.send(None if task.broadcast is self._last else task.broadcast)
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # it died: its sentinel says so
         self._last = task.broadcast
         self.task, task.running = task, True
-        self.deadline = time.monotonic() + (self.timeout if self.started else self.start_timeout)
+        self.deadline = time.monotonic() + timeout
 
     def listen(self) -> ClientResult | BaseException | None:
         """What the worker says; None if that is only that it has started.
 
         Raises:
-            EOFError: If it died instead.
+            EOFError, OSError: If it died instead.
         """
         data = self.connection.recv_bytes()
         if not data:
             self.started = True
-            self.deadline = time.monotonic() + self.timeout
             return None
         said: ClientResult | BaseException = pickle.loads(data)
         return said
@@ -282,22 +290,22 @@ def _serve(connection: Connection, threads: int, core: int | None) -> None:
         connection.send_bytes(pickle.dumps(said))
 
 
-def _sendable(error: BaseException) -> BaseException:
+def _sendable(error: BaseException) -> Any:
+    """The error with the traceback of here as its cause, as it will arrive."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:  # noqa: BLE001  # an exception's own pickling may fail in any way
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
+        error = RuntimeError(f"{type(error).__name__}: {error}").with_traceback(error.__traceback__)
+    return ExceptionWithTraceback(error, error.__traceback__)
 
 
 def _pickle(worker: ClientWorker) -> Tensor:
     """The worker as bytes in shared memory, for any number of processes."""
-    parts = {"model": worker.module, "data": worker.data, "callbacks": worker.callbacks}
-    for name, part in parts.items():
+    for name, part in worker.parts.items():
         try:
             pickle.dumps(part)
         except Exception as error:
             raise ValueError(
-                f"expected a {name} that can be sent to worker processes, got one that can't be pickled: {error}"
+                f"expected {name} to be sent to worker processes, got what can't be pickled: {error}"
             ) from error
     return in_shared_memory(torch.frombuffer(bytearray(pickle.dumps(worker)), dtype=torch.uint8))
