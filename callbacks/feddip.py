@@ -64,7 +64,8 @@ def feddip(
     Args:
         sparsity: Final fraction of zeros among the prunable weights.
         initial_sparsity: Fraction of zeros at the start.
-        reconfigure_every: Rounds (optimizer steps in a plain Trainer) between masks; released code 20 by default.
+        reconfigure_every: Rounds (optimizer steps in a plain Trainer) between masks; released code 20 by default. A
+            federation ends at the sparsity of its last masks: one of no more rounds than this stays at the initial one.
         erk_positions: First mask: largest weights inside ERK densities, or random positions; ``"random_per_client"``
             is the released code's.
         regrow: How pruned weights return; ``"nested"`` (never) is the released code's.

@@ -30,7 +30,7 @@ from typing_extensions import override
 from lightning_fedsparse.callbacks.base import EffectiveWeightCallback
 from lightning_fedsparse.powers import power_, power_gradient_, root_, spectral_exponents, truncated_normal_
 from lightning_fedsparse.prunable import prunable_parameters
-from lightning_fedsparse.rounds import ClientRound
+from lightning_fedsparse.rounds import ClientRound, ServerRound
 from lightning_fedsparse.seeding import derive_seed
 from lightning_fedsparse.server import ServerState
 from lightning_fedsparse.transforms import Transform, Weights
@@ -188,6 +188,12 @@ class Powerpropagation(EffectiveWeightCallback):
     def on_server_start(self, pl_module: pl.LightningModule, state: ServerState, seed: int) -> ServerState:
         self._names = list(prunable_parameters(pl_module, self.include, exclude=self.exclude))
         self._to_stored_(state.weights, self._names, seed)
+        return state
+
+    @override
+    def on_server_round_end(self, state: ServerState, server_round: ServerRound) -> ServerState:
+        # what the checkpoint says of the weights beside them
+        self.exponents = self.exponents_of({name: state.weights[name] for name in self._names})
         return state
 
     @override

@@ -165,6 +165,12 @@ class SubmodelCallback(EffectiveWeightCallback):
         return UploadRule(kind="delta", absent="unheld")
 
     @override
+    def on_server_round_end(self, state: ServerState, server_round: ServerRound) -> ServerState:
+        if self.capacity < 1:  # what the checkpoint says of the weights beside them
+            self.masks = dict(self.submodel(state.weights, self.capacity))
+        return state
+
+    @override
     @torch.no_grad()
     def to_effective_(self, weights: dict[str, Tensor], capacity: float | None = None) -> None:
         masks = self.submodel(weights, self.capacity if capacity is None else capacity)

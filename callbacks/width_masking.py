@@ -189,7 +189,7 @@ class WidthMasking(SubmodelCallback):
     @override
     def on_server_round_end(self, state: ServerState, server_round: ServerRound) -> ServerState:
         self._round = state.methods[self.state_key] = server_round.index + 1
-        return state
+        return super().on_server_round_end(state, server_round)
 
 
 class _Scaler:

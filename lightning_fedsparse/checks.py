@@ -9,7 +9,17 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-__all__ = ["require_lightning", "require_trainer_arguments"]
+__all__ = ["require_a", "require_lightning", "require_trainer_arguments"]
+
+
+def require_a(kind: type, value: object, what: str, example: str) -> None:
+    """Require an instance of one of this package's classes, where something simpler is an obvious guess.
+
+    Raises:
+        TypeError: With an example of what is expected.
+    """
+    if not isinstance(value, kind):
+        raise TypeError(f"expected {what} of type {kind.__name__}, such as {example}, got {type(value).__name__}")
 
 
 def require_lightning(value: object, kind: type, what: str) -> None:

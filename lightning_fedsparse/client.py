@@ -268,7 +268,9 @@ class _Probe(pl.Callback):
             return None
         mean = float(self._sum) / self._batches
         if not np.isfinite(mean):
-            raise RuntimeError(f"expected a finite training loss, got {mean} from {where}: lower the learning rate")
+            raise RuntimeError(
+                f"expected a finite training loss, got {mean} from {where}: look for NaN in its data, or lower the learning rate"
+            )
         return mean
 
 

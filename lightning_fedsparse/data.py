@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.types import EVAL_DATALOADERS
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_fedsparse.capacities import Capacities
-from lightning_fedsparse.checks import require_lightning
+from lightning_fedsparse.checks import require_a, require_lightning
 from lightning_fedsparse.clients import Client
 from lightning_fedsparse.loaders import LoaderSettings, class_labels, client_keys
 from lightning_fedsparse.partition import Indices, Partition
@@ -86,6 +86,8 @@ class FederatedDataModule(LightningDataModule):
         self._validation_fraction = validation_fraction
         self._label_fn = label_fn
         self._seed = seed
+        if capacities is not None:
+            require_a(Capacities, capacities, "capacities", "CapacityMapping({...}) or CapacityList([...])")
         self._capacities = capacities
         self._capacity_of: dict[str, float] = {}
         self._settings: LoaderSettings | None = None

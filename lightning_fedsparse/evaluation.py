@@ -43,7 +43,9 @@ class Evaluation:
     capacities: Sequence[float] = ()
 
     def __post_init__(self) -> None:
-        """Check the period and the capacities."""
+        """Check the values."""
+        if self.split not in ("validation", "test", "none"):
+            raise ValueError(f"expected split 'validation', 'test' or 'none', got {self.split!r}")
         if self.every < 1:
             raise ValueError(f"expected evaluation every 1 or more rounds, got every={self.every}")
         # a list from a recipe and a tuple from Python are the same

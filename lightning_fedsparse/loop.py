@@ -32,8 +32,9 @@ from lightning_fedsparse.accounting import Traffic, size_in_bytes
 from lightning_fedsparse.aggregation import Aggregator, MaskedMean, WeightedMean
 from lightning_fedsparse.broadcasting import Broadcaster
 from lightning_fedsparse.callbacks.base import CallbackList, SparsityCallback
+from lightning_fedsparse.capacities import require_capacity
 from lightning_fedsparse.checkpoint import RunFolder
-from lightning_fedsparse.checks import require_lightning, require_trainer_arguments
+from lightning_fedsparse.checks import require_a, require_lightning, require_trainer_arguments
 from lightning_fedsparse.client import ClientJob, ClientResult, ClientWorker
 from lightning_fedsparse.console import Console
 from lightning_fedsparse.data import FederatedDataModule
@@ -117,6 +118,15 @@ class FederatedLoop:
                 raise ValueError(f"expected {name} to be at least 1, got {value}")
         if buffers not in ("average", "local", "recalibrate"):
             raise ValueError(f"expected buffers to be 'average', 'local' or 'recalibrate', got {buffers!r}")
+        for given, kind, name, example in (
+            (trainer, Mapping, "trainer", '{"max_epochs": 2}'),
+            (callbacks, Sequence, "callbacks", "feddip() or [MagnitudePruning(...)]"),
+            (executor, Executor, "executor", "ProcessExecutor(workers=2)"),
+            (evaluation, Evaluation, "evaluation", 'Evaluation(split="test")'),
+            (wire, Wire, "wire", 'Wire(uploads="int8")'),
+        ):
+            if given is not None:
+                require_a(kind, given, name, example)
         arguments = dict(trainer or {})
         require_trainer_arguments(arguments)
         if not arguments.keys() & {"max_epochs", "max_steps", "max_time"}:
@@ -192,6 +202,13 @@ class FederatedLoop:
     def state(self) -> ServerState:
         """The server's state, once ``fit`` has begun."""
         return self._federation.state
+
+    def load_submodel(self, model: pl.LightningModule, capacity: float) -> None:
+        """After ``fit``: write the global model's submodel of a capacity into a module, as a client of it uses it."""
+        require_capacity(capacity, "of the submodel")
+        self._federation.state.load_into(model)
+        for method in self._methods:
+            method.to_effective_(dict(model.named_parameters()), capacity)
 
     def validate(self, model: pl.LightningModule, data: pl.LightningDataModule) -> dict[str, float]:
         """Evaluate a module on the data module's global validation loaders."""

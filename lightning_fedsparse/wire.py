@@ -32,7 +32,7 @@ class Link:
 
     Args:
         up_mbps: Megabits (10^6) per second from the client, above 0.
-        down_mbps: Megabits (10^6) per second to the client, above 0.
+        down_mbps: The same to the client; what it receives takes no time if only the way up is slow.
         latency_ms: Milliseconds until a message begins to arrive, each way.
 
     Example:
@@ -41,12 +41,12 @@ class Link:
     """
 
     up_mbps: float
-    down_mbps: float
+    down_mbps: float = math.inf
     latency_ms: float = 0.0
 
     def __post_init__(self) -> None:
         for name, value in (("up_mbps", self.up_mbps), ("down_mbps", self.down_mbps)):
-            if not 0 < value < math.inf:
+            if not value > 0:
                 raise ValueError(f"expected a bandwidth {name} above 0 megabits per second, got {value}")
         if not 0 <= self.latency_ms < math.inf:
             raise ValueError(f"expected latency_ms of at least 0, got {self.latency_ms}")
