@@ -114,13 +114,14 @@ def _resume(options: argparse.Namespace) -> int:
     run = make_run(recipe, options.folder)
     if not run.checkpoint.is_file():
         raise RecipeError(f"expected a checkpoint to go on from, found none at {run.checkpoint}")
+    text, saved = path.read_text(encoding="utf-8"), run.checkpoint.stat().st_mtime_ns
+    run.save_recipe()  # before the first round: whatever ends the run, its folder says how it went on
     try:
         _fit(run, resume=True)
-    except KeyboardInterrupt:
-        run.save_recipe()
-        raise
-    # only now: overrides that the run turned down must not stay in its folder
-    run.save_recipe()
+    finally:
+        if run.checkpoint.stat().st_mtime_ns == saved:
+            # it turned the overrides down, or had nothing to do
+            path.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -379,6 +379,10 @@ class FederatedLoop:
             self.folder.start()
             return 0
         content, self.history = self.folder.resume(ckpt_path)
+        if content["round"] > self.rounds:
+            raise ValueError(
+                f"expected at least {content['round']} rounds, as many as the checkpoint has done, got {self.rounds}"
+            )
         self._federation.load_state_dict(content)
         self._worker.hold(self._federation.broadcaster.versions)
         for method in self._methods:

@@ -95,6 +95,16 @@ def test_resume_goes_on_as_if_nothing_had_happened(capsys: pytest.CaptureFixture
     assert "nothing left to do: 3 of 3 rounds are done" in capsys.readouterr().out
 
 
+def test_a_resumed_run_that_does_nothing_leaves_its_recipe_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "quickstart", *SHORT]) == 0
+    before = Path("runs/quickstart/recipe.yaml").read_text()
+    assert main(["resume", "runs/quickstart", "--loop.callbacks.sparsity=0.5"]) == 0
+    assert "nothing left to do" in capsys.readouterr().out
+    assert main(["resume", "runs/quickstart", "--loop.rounds=1"]) == 1
+    assert "expected at least 2 rounds, as many as the checkpoint has done, got 1" in capsys.readouterr().err
+    assert Path("runs/quickstart/recipe.yaml").read_text() == before
+
+
 def test_what_a_resumed_run_turns_down_does_not_stay_in_its_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "quickstart", *SHORT]) == 0
     before = Path("runs/quickstart/recipe.yaml").read_text()
