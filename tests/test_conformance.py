@@ -155,6 +155,7 @@ SELECTIVE: dict[str, tuple[Callable[..., pl.Callback], Factory]] = {
     "CollapseMonitor": (CollapseMonitor, list),
     "ImportanceMasking": (lambda **o: ImportanceMasking(0.4, refresh_every=3, **o), list),
     "FixedMask": (lambda **o: FixedMask(0.5, **o), list),
+    "GradientPruning": (lambda **o: GradientPruning(LinearSchedule(0.2, 0.8), every=3, **o), list),
     "ForwardPruning": (lambda **o: ForwardPruning(0.5, **o), list),
 }
 
