@@ -30,7 +30,7 @@ class Evaluation:
     """When and on what the global model is evaluated.
 
     Args:
-        split: ``"validation"`` or ``"test"``: the data module's loaders of that name; ``"none"``: never.
+        split: ``"validation"`` or ``"test"``: the data module's loaders of that name; ``"none"``: on no data of all.
         every: Rounds between evaluations; the first and the last round are always evaluated.
         clients: Also evaluate on every client's own validation data, with the submodel of its capacity, and report mean
             and minimum over clients.
@@ -54,7 +54,7 @@ class Evaluation:
 
     def is_due(self, done: int, total: int) -> bool:
         """Whether to evaluate after ``done`` of ``total`` rounds."""
-        return self.split != "none" and (done % self.every == 0 or done == total)
+        return (self.split != "none" or self.clients) and (done % self.every == 0 or done == total)
 
 
 class Evaluator:
@@ -74,8 +74,8 @@ class Evaluator:
         self._data = data
         self._evaluation = evaluation
         self._trainer = trainer
-        self._possible = evaluation.split != "validation" or bool(data.val_dataloader())
-        if not self._possible:
+        self._on_all = evaluation.split == "test" or (evaluation.split == "validation" and bool(data.val_dataloader()))
+        if evaluation.split == "validation" and not self._on_all and not evaluation.clients:
             warnings.warn(
                 "the global model is not evaluated: evaluation has split='validation' and there is no validation data; give "
                 "the data module a val_dataloader or set split='test' or split='none'",
@@ -84,13 +84,13 @@ class Evaluator:
 
     def is_due(self, done: int, total: int) -> bool:
         """Whether to evaluate after ``done`` of ``total`` rounds."""
-        return self._possible and self._evaluation.is_due(done, total)
+        return (self._on_all or self._evaluation.clients) and self._evaluation.is_due(done, total)
 
     def run(self, load: Load) -> dict[str, float]:
         """Metrics of the global model; the module then holds whatever was evaluated last."""
-        assert self._evaluation.split != "none"
         metrics: dict[str, float] = {}
-        for capacity in (None, *self._evaluation.capacities):
+        for capacity in (None, *self._evaluation.capacities) if self._on_all else ():
+            assert self._evaluation.split != "none"
             load(capacity)
             found = evaluate(self._module, self._data, self._evaluation.split, self._trainer)
             metrics |= {f"{name}{_at(capacity)}": value for name, value in found.items()}

@@ -126,6 +126,20 @@ def test_evaluation_on_every_clients_own_validation_data():
         run(1, data=evaluated(), evaluation=Evaluation(clients=True))
 
 
+@pytest.mark.parametrize("split", ["validation", "none"])
+def test_clients_are_evaluated_without_data_of_all(split):
+    class Whole(pl.LightningDataModule):
+        def train_dataloader(self):
+            x = torch.randn(80, 8, generator=torch.Generator().manual_seed(0))
+            return DataLoader(TensorDataset(x, x[:, :3].argmax(1)), batch_size=8, shuffle=True)
+
+    data = FederatedDataModule(Whole(), IidPartition(5), validation_fraction=0.25)
+    loop, _ = run(1, data=data, evaluation=Evaluation(split, clients=True))
+    assert [sorted(record.metrics) for record in loop.history] == [
+        ["clients/val_loss/mean", "clients/val_loss/min"]
+    ] * 2
+
+
 def test_averaged_local_and_recalibrated_statistics():
     _, averaged = run(2)
     assert averaged.norm.num_batches_tracked > 0
