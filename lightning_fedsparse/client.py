@@ -7,6 +7,7 @@ nothing of the server: masks arrive with the broadcast only.
 from __future__ import annotations
 
 import random
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -171,7 +172,7 @@ class ClientWorker:
             callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
             methods = [callback for callback in callbacks if isinstance(callback, SparsityCallback)]
             self._start_round(trainer, methods, client_round, job.memory)
-            self._fit(trainer, client)
+            self._fit(trainer, client, f"client {job.client_id!r} in round {job.index + 1}")
             loss = next(probe for probe in callbacks if isinstance(probe, _Probe)).mean_loss(trainer, job)
             update = self._make_update(job, masks, client.num_examples, loss)
             for method in methods:
@@ -186,11 +187,13 @@ class ClientWorker:
             memory[_BUFFERS] = {name: tensor.clone() for name, tensor in self._buffers().items()}
         return ClientResult(job.client_id, payload, memory, time.perf_counter() - started)
 
-    def _fit(self, trainer: pl.Trainer, client: Client) -> None:
+    def _fit(self, trainer: pl.Trainer, client: Client, where: str) -> None:
         try:
             trainer.fit(self.module, train_dataloaders=client.train_loader(), val_dataloaders=client.val_loader())
-        except BaseException:
+        except BaseException as error:
             self._trainers.drop()
+            if sys.version_info >= (3, 11):  # the traceback then names the client
+                error.add_note(f"raised in the training of {where}")
             raise
 
     def _load(self, job: ClientJob, broadcast: SparseUpdate) -> None:

@@ -1,5 +1,8 @@
 """A Trainer that fits many clients: the same, to the bit, as a new one for each."""
 
+import re
+import sys
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -184,8 +187,10 @@ def test_after_a_fit_that_was_cut_off_there_is_a_new_one():
 
     model = Failing()
     loop = FederatedLoop(1, 4, None, {"max_epochs": 1}, evaluation=QUIET, console=False)
-    with pytest.raises(ValueError, match="no more memory"):
+    with pytest.raises(ValueError, match="no more memory") as caught:
         loop.fit(model, loaders(clients()))
+    if sys.version_info >= (3, 11):
+        assert re.match(r"raised in the training of client 'c\d' in round 1", caught.value.__notes__[0])
     worker = loop._worker
     assert worker._trainers._trainer is None
     Failing.fails = False
