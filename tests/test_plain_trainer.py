@@ -105,7 +105,9 @@ def by_epoch(data: TensorDataset) -> DataLoader[Any]:
 def test_a_schedule_averaging_and_the_best_checkpoint(
     method: Method, averaging: str, digits: tuple[TensorDataset, TensorDataset], tmp_path: Path
 ) -> None:
-    ema, best = EMAWeightAveraging(decay=0.9), ModelCheckpoint(tmp_path, monitor="accuracy", mode="max", save_last=True)
+    ema = EMAWeightAveraging(decay=0.9)
+    # top_k -1: with the best alone, the "last" of a run whose last epoch is not its best would be an earlier one
+    best = ModelCheckpoint(tmp_path, monitor="accuracy", mode="max", save_top_k=-1, save_last=True)
     callbacks = [ema, *method()] if averaging == "first" else [*method(), ema]
     held_out = DataLoader(digits[1], batch_size=480)
     module = Classifier()

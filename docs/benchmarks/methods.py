@@ -49,8 +49,8 @@ from lightning_fedsparse.schedules import ConstantSchedule, ExponentialSchedule
 
 ROUNDS, SEARCH_ROUNDS, SEARCH_SEED = 60, 20, 100
 COHORT, LOCAL_STEPS, BATCH = 10, 10, 20
-EVERY = 3  # rounds between evaluations
-LAST = 6  # evaluations that make an accuracy: those of the last 18 rounds
+EVERY = 5  # rounds between evaluations
+LAST = 4  # evaluations that make an accuracy: those of the last 20 rounds
 RATES = (0.05, 0.15, 0.5)
 SPARSITY = 0.95
 CAPACITIES = (1.0, 1 / 4, 1 / 16, 1 / 64)
@@ -209,7 +209,7 @@ def bytes_to_dense(history: Sequence[RoundRecord], direction: str) -> float:
 
 
 def excess(histories: Iterable[Sequence[RoundRecord]]) -> str:
-    """Density of the global masks above the target, in points, over the last 18 rounds; a dash without global masks."""
+    """Density of the global masks above the target, in points, over the last 20 rounds; a dash without global masks."""
     values = [
         100 * statistics.mean(SPARSITY - record.sparsity for record in history[-EVERY * LAST :])
         for history in histories
