@@ -202,7 +202,8 @@ class DynamicSparseTraining(EffectiveWeightCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         # what is off the mask must not reach momentum by weight decay, and grow from there
-        self._transform_of(pl_module).apply_({name: pl_module.get_parameter(name) for name in self.masks})
+        weights = {name: pl_module.get_parameter(name) for name in self.masks}
+        self._transform_of(pl_module).apply(weights, weights)
 
     @override
     def on_train_batch_start(

@@ -53,11 +53,13 @@ class _LargestPerLayer(Transform):
         self._density = 1 - sparsity
         self._thresholds = thresholds
 
-    def apply_(self, weights: Weights) -> None:
+    def apply(self, weights: Weights, out: Weights) -> None:
         """Zero the weights below their layer's threshold."""
-        if self.active:
-            for name, weight in weights.items():
-                weight.masked_fill_(weight.abs() < self._threshold(name, weight), 0)
+        for name, weight in weights.items():
+            below = weight.abs() < self._threshold(name, weight) if self.active else None
+            out[name].copy_(weight)
+            if below is not None:
+                out[name].masked_fill_(below, 0)
 
     def chain_(self, gradients: Weights, stored: Weights, effective: Weights) -> None:
         """The dense gradient is for the dense weights."""
@@ -148,7 +150,8 @@ class ForwardPruning(EffectiveWeightCallback):
             step = engine.transform_of(self)
             parameters = dict(pl_module.named_parameters())
             with engine.stored(), torch.no_grad():
-                step.apply_({name: parameters[name] for name in step.names})
+                weights = {name: parameters[name] for name in step.names}
+                step.apply(weights, weights)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     @override

@@ -68,7 +68,7 @@ class _NormPenalty(Transform):
         self.strength = 0.0
         self._p = p
 
-    def apply_(self, weights: Weights) -> None:
+    def apply(self, weights: Weights, out: Weights) -> None:
         """A penalty changes no weight."""
 
     def chain_(self, gradients: Weights, stored: Weights, effective: Weights) -> None:

@@ -204,11 +204,11 @@ class MagnitudePruning(EffectiveWeightCallback):
         transform = engine.transform_of(self)
         assert isinstance(transform, MaskTransform)
         parameters = dict(pl_module.named_parameters())
-        weights = {name: parameters[name].detach() for name in self._names}
         with engine.stored(), torch.no_grad():
+            weights = {name: parameters[name].detach() for name in self._names}
             if not transform.straight_through:
                 # momentum may have moved weights that are out: they stay out of the ranking
-                transform.apply_(weights)
+                transform.apply(weights, weights)
             if self._last_step is None:
                 self.masks = self.initial_masks(weights, sparsity, torch.initial_seed())
             else:
@@ -216,7 +216,7 @@ class MagnitudePruning(EffectiveWeightCallback):
             transform.set(self.masks)
             if not transform.straight_through:
                 # without feedback a pruned weight is gone; left in place it would come back with its old value
-                transform.apply_(weights)
+                transform.apply(weights, weights)
         self._last_step = progress.step
 
     @override

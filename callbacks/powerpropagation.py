@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_fedsparse.callbacks.base import EffectiveWeightCallback
-from lightning_fedsparse.powers import power_, power_gradient_, root_, spectral_exponents, truncated_normal_
+from lightning_fedsparse.powers import power, power_gradient_, root_, spectral_exponents, truncated_normal_
 from lightning_fedsparse.prunable import prunable_parameters
 from lightning_fedsparse.rounds import ClientRound, ServerRound
 from lightning_fedsparse.seeding import derive_seed
@@ -50,14 +50,15 @@ class _Power(Transform):
     def __init__(self, exponents: dict[str, float]) -> None:
         super().__init__(list(exponents))
         self._exponents = exponents
+        self._slopes: dict[str, Tensor] = {}  # found on the way there, needed on the way back
 
-    def apply_(self, weights: Weights) -> None:
+    def apply(self, weights: Weights, out: Weights) -> None:
         """Raise the weights to their powers."""
-        power_(weights, self._exponents)
+        power(weights, self._exponents, out, self._slopes)
 
     def chain_(self, gradients: Weights, stored: Weights, effective: Weights) -> None:
         """Multiply the gradients by the powers' derivatives at the stored weights."""
-        power_gradient_(gradients, stored, self._exponents)
+        power_gradient_(gradients, self._slopes, self._exponents)
 
     def folded(self) -> None:
         """From here on the module holds effective weights: a second power would be one too many."""
@@ -205,4 +206,4 @@ class Powerpropagation(EffectiveWeightCallback):
     @override
     def to_effective_(self, weights: dict[str, Tensor], capacity: float | None = None) -> None:
         stored = {name: weights[name].detach() for name in self._names}
-        power_(stored, self.exponents_of(stored))
+        power(stored, self.exponents_of(stored), stored)

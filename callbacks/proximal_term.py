@@ -62,7 +62,7 @@ class _Proximal(Transform):
         self._mu = mu
         self._engine = engine
 
-    def apply_(self, weights: Weights) -> None:
+    def apply(self, weights: Weights, out: Weights) -> None:
         """The term changes no weight."""
 
     def chain_(self, gradients: Weights, stored: Weights, effective: Weights) -> None:

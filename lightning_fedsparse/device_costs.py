@@ -127,7 +127,7 @@ class saved_bytes(saved_tensors_hooks):  # noqa: N801  # a context manager, name
         self.peak = 0
         self._bytes = 0
         self._holders: Counter[int] = Counter()
-        self._excluded = {tensor.untyped_storage().data_ptr() for tensor in exclude}
+        self._excluded = tuple(exclude)
         super().__init__(partial(_Saved, self), _unpack)
 
     def look(self) -> None:
@@ -137,7 +137,10 @@ class saved_bytes(saved_tensors_hooks):  # noqa: N801  # a context manager, name
     def hold(self, tensor: Tensor) -> None:
         """Count a tensor that is saved."""
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._excluded and not self._holders[storage.data_ptr()]:
+        # looked up each time: a parameter's memory changes when effective weights are swapped in
+        if any(storage.data_ptr() == tensor.untyped_storage().data_ptr() for tensor in self._excluded):
+            return
+        if not self._holders[storage.data_ptr()]:
             self._bytes += storage.nbytes()
         self._holders[storage.data_ptr()] += 1
         self.look()
@@ -145,8 +148,10 @@ class saved_bytes(saved_tensors_hooks):  # noqa: N801  # a context manager, name
     def release(self, tensor: Tensor) -> None:
         """Count a saved tensor that is let go."""
         storage = tensor.untyped_storage()
+        if not self._holders[storage.data_ptr()]:
+            return  # excluded
         self._holders[storage.data_ptr()] -= 1
-        if storage.data_ptr() not in self._excluded and not self._holders[storage.data_ptr()]:
+        if not self._holders[storage.data_ptr()]:
             self._bytes -= storage.nbytes()
 
 

@@ -1,10 +1,14 @@
 """The swap engine: stored weight <-> effective weight, and the chain rule back.
 
 Every method here maps the *stored* dense weight (the plain ``nn.Parameter``: what ``state_dict``, the optimizer and
-checkpoints see) to the *effective* weight that forward and backward use. One engine per module writes the effective
+checkpoints see) to the *effective* weight that forward and backward use. One engine per module puts the effective
 weights into the parameters before a batch, and before the optimizer steps it turns the gradients at the effective
 weights into gradients at the stored ones and puts the stored weights back. No parameter is renamed, wrapped or
 replaced, so ``deepcopy``, pickling, ``torch.compile``, checkpointing and weight averaging keep working.
+
+The effective weights have memory of their own, and swapping is ``Tensor.set_``: the parameter looks at the one or at the
+other, and nothing is copied. What reads a parameter's memory past the parameter, such as a view taken earlier, sees the
+one that was in then.
 
 =====================================  =========================================================================
 Lightning's event                      what the engine does
@@ -16,7 +20,7 @@ batch, epoch, train end, exception     swap out, whatever happened
 validation, test, predict              swap in and out around each batch
 =====================================  =========================================================================
 
-Copies run under ``no_grad`` and never through ``.data``: autograd's version counters see them, so a graph that is
+Swaps run under ``no_grad`` and never through ``.data``: autograd's version counters see them, so a graph that is
 used across a swap raises instead of being silently wrong.
 """
 
@@ -53,8 +57,8 @@ class EffectiveWeights:
         self._owners: dict[int, Transform] = {}
         self._chain: list[Transform] = []
         self._parameters: dict[str, nn.Parameter] = {}
-        self._stored: dict[str, Tensor] = {}
-        self._inside: set[str] = set()
+        self._stored: dict[str, Tensor] = {}  # of those inside: where the parameter looked before
+        self._effective: dict[str, Tensor] = {}  # kept from batch to batch
         self._handles: list[RemovableHandle] = []
         self._in_batch = False
         self._steps_on = False
@@ -92,7 +96,7 @@ class EffectiveWeights:
         if self._owners.pop(id(owner), None) is not None:
             self._chain = sorted(self._owners.values(), key=lambda step: step.order)
         if not self._owners:
-            self._stored.clear()
+            self._effective.clear()
             self._parameters.clear()
             self.detach_optimizers()
 
@@ -118,33 +122,38 @@ class EffectiveWeights:
 
     @torch.no_grad()
     def swap_in(self, names: frozenset[str] | None = None) -> None:
-        """Keep the stored weights aside and write the effective ones into the parameters; idempotent."""
+        """Put the effective weights into the parameters; idempotent."""
         changed = frozenset().union(*(step.names for step in self._chain if step.changes_weights))
-        wanted = [name for name in changed if name not in self._inside and (names is None or name in names)]
+        wanted = [name for name in changed if name not in self._stored and (names is None or name in names)]
         if not wanted:
             return
-        weights = {name: self._parameters[name] for name in wanted}
+        weights: dict[str, Tensor] = {name: self._parameters[name].detach() for name in wanted}
         for name, weight in weights.items():
-            kept = self._stored.get(name)
-            if kept is None or kept.device != weight.device or kept.dtype != weight.dtype:
-                self._stored[name] = torch.empty_like(weight, requires_grad=False)
-        torch._foreach_copy_([self._stored[name] for name in wanted], list(weights.values()))
-        self._inside.update(wanted)
+            memory = self._effective.get(name)
+            if memory is None or _layout(memory) != _layout(weight):
+                self._effective[name] = torch.empty_like(weight)
+        so_far = dict(weights)
         for step in self._chain:
-            step.apply_({name: weight for name, weight in weights.items() if name in step.names})
+            if step.changes_weights:
+                mine = [name for name in wanted if name in step.names]
+                into = {name: self._effective[name] for name in mine}
+                step.apply({name: so_far[name] for name in mine}, into)
+                so_far.update(into)
+        # all are found before the first is put in: a step that raises has changed nothing
+        for name in wanted:
+            self._stored[name] = weights[name]
+            self._parameters[name].set_(self._effective[name])  # type: ignore[call-overload]  # missing in torch's stub
 
     @torch.no_grad()
     def swap_out(self, names: frozenset[str] | None = None) -> None:
         """Put the stored weights back; idempotent."""
-        wanted = [name for name in self._inside if names is None or name in names]
-        if wanted:
-            torch._foreach_copy_([self._parameters[name] for name in wanted], [self._stored[name] for name in wanted])
-            self._inside.difference_update(wanted)
+        for name in [name for name in self._stored if names is None or name in names]:
+            self._parameters[name].set_(self._stored.pop(name))  # type: ignore[call-overload]
 
     @contextmanager
     def stored(self) -> Iterator[None]:
         """Within this context the parameters hold the stored weights; afterwards what was inside is inside again."""
-        inside = frozenset(self._inside)
+        inside = frozenset(self._stored)
         self.swap_out()
         try:
             yield
@@ -164,10 +173,14 @@ class EffectiveWeights:
             mine = {name: gradient for name, gradient in gradients.items() if name in step.names}
             step.chain_(
                 mine,
-                {name: self._stored[name] if name in self._inside else self._parameters[name] for name in mine},
+                {name: self._stored.get(name, self._parameters[name]) for name in mine},
                 {name: self._parameters[name] for name in mine},
             )
         self.swap_out(names)
+        for step in self._chain:
+            if step.corrects_steps:
+                for name in step.names & names:
+                    self._effective[name].copy_(self._parameters[name])  # not in use until the next swap
         self._prepared = optimizer
 
     @torch.no_grad()
@@ -175,7 +188,8 @@ class EffectiveWeights:
         """Write the effect of the owner's transform into the stored weights for good."""
         self.swap_out()
         transform = self._owners[id(owner)]
-        transform.apply_({name: self._parameters[name] for name in transform.names})
+        weights = {name: self._parameters[name] for name in transform.names}
+        transform.apply(weights, weights)
         transform.folded()
 
     @torch.no_grad()
@@ -183,16 +197,17 @@ class EffectiveWeights:
         """Write the effect of all transforms into the stored weights for good, in their order."""
         self.swap_out()
         for step in self._chain:
-            step.apply_({name: self._parameters[name] for name in step.names})
+            weights = {name: self._parameters[name] for name in step.names}
+            step.apply(weights, weights)
             step.folded()
 
     def restore_in(self, state_dict: dict[str, Tensor]) -> None:
         """Replace swapped-in parameters of a state dict by what is stored, so that a checkpoint never holds others."""
-        for name in self._inside:
+        for name, stored in self._stored.items():
             held = state_dict.get(name)
             # weight averaging puts its own tensors there, which are stored weights already
             if held is not None and held.data_ptr() == self._parameters[name].data_ptr():
-                state_dict[name] = self._stored[name].clone()
+                state_dict[name] = stored.clone()
 
     # -- optimizers ------------------------------------------------------------------------------------------------
 
@@ -247,10 +262,11 @@ class EffectiveWeights:
         if self._prepared is optimizer:
             names = self._names_in(optimizer)
             for step in self._chain:
-                mine = step.names & names if step.changes_weights else ()
-                step.after_step_(
-                    {name: self._parameters[name] for name in mine}, {name: self._stored[name] for name in mine}
-                )
+                if step.corrects_steps:
+                    mine = step.names & names
+                    step.after_step_(
+                        {name: self._parameters[name] for name in mine}, {name: self._effective[name] for name in mine}
+                    )
         elif self._in_batch:
             raise RuntimeError(
                 f"expected every step to go through Lightning's optimizers, as self.optimizers() gives them, got a step "
@@ -264,3 +280,7 @@ class EffectiveWeights:
         stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         touched = frozenset().union(*(step.names for step in self._chain))
         return frozenset(name for name in touched if id(self._parameters[name]) in stepped)
+
+
+def _layout(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.device, tensor.dtype, tensor.shape, tensor.stride()

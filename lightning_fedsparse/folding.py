@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_fedsparse.effective import EffectiveWeights
 from lightning_fedsparse.masks import largest_weights, unpack_mask
-from lightning_fedsparse.powers import power_
+from lightning_fedsparse.powers import power
 
 __all__ = ["fold", "load_folded"]
 
@@ -70,7 +70,8 @@ def load_folded(checkpoint: str | Path | Mapping[str, Any], module: Module) -> M
         for name, mask in largest_weights(weights, cut["sparsity"], layer_floor=cut["layer_floor"]).items():
             weights[name].mul_(mask)
     for powers in _states(content, "exponents"):
-        power_({name: parameters[name] for name in powers}, powers)
+        weights = {name: parameters[name] for name in powers}
+        power(weights, powers, weights)
     for masks in _states(content, "masks"):
         for name, mask in masks.items():
             parameters[name].mul_(unpack_mask(mask).to(parameters[name].device))

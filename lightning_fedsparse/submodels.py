@@ -112,6 +112,7 @@ class SubmodelTransform(Transform):
     """
 
     order = 1
+    corrects_steps = True
 
     def __init__(self, masks: Mapping[str, Tensor | None]) -> None:
         super().__init__(list(masks))
@@ -121,11 +122,13 @@ class SubmodelTransform(Transform):
         """Replace the masks of the same names; to be called inside ``EffectiveWeights.stored``."""
         self._masks = dict(masks)
 
-    def apply_(self, weights: Weights) -> None:
+    def apply(self, weights: Weights, out: Weights) -> None:
         """Zero the weights that are cut."""
         for name, weight in weights.items():
-            if (cut := self.cut(name, weight)) is not None:
-                weight.masked_fill_(cut, 0)
+            cut = self.cut(name, weight)
+            out[name].copy_(weight)
+            if cut is not None:
+                out[name].masked_fill_(cut, 0)
 
     def chain_(self, gradients: Weights, stored: Weights, effective: Weights) -> None:
         """Zero the gradients there."""

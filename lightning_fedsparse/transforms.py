@@ -24,20 +24,30 @@ class Transform(ABC):
 
     order: ClassVar[int]
     changes_weights: ClassVar[bool] = True
+    corrects_steps: ClassVar[bool] = False
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = frozenset(names)
 
     @abstractmethod
-    def apply_(self, weights: Weights) -> None:
-        """Turn weights into effective weights in place; called under ``no_grad`` with a subset of ``names``."""
+    def apply(self, weights: Weights, out: Weights) -> None:
+        """Write the effective weights of ``weights`` into ``out``, which may be the same tensors.
+
+        Called under ``no_grad`` with a subset of ``names``; both have the same keys.
+        """
 
     @abstractmethod
     def chain_(self, gradients: Weights, stored: Weights, effective: Weights) -> None:
-        """Bring gradients back through this step in place; all three mappings have the same keys."""
+        """Bring gradients back through this step in place; all three mappings have the same keys.
+
+        Called after :meth:`apply` of these stored weights.
+        """
 
     def after_step_(self, weights: Weights, before: Weights) -> None:  # noqa: B027  # optional
-        """Correct what an optimizer's step made of stored weights, in place; ``before`` holds them as they were."""
+        """Correct what an optimizer's step made of stored weights, in place; ``before`` holds them as they were.
+
+        Called where ``corrects_steps`` says so.
+        """
 
     def folded(self) -> None:  # noqa: B027  # optional
         """The effect was written into the stored weights for good: what must not act twice ends here."""
@@ -67,10 +77,10 @@ class MaskTransform(Transform):
             raise ValueError(f"expected masks for {sorted(self._factors)}, got {sorted(masks)}")
         self._factors = dict(masks)
 
-    def apply_(self, weights: Weights) -> None:
+    def apply(self, weights: Weights, out: Weights) -> None:
         """Multiply weights by their masks."""
-        if weights:
-            torch._foreach_mul_(list(weights.values()), self._like(weights))
+        for (name, weight), factor in zip(weights.items(), self._like(weights), strict=True):
+            torch.mul(weight, factor, out=out[name])
 
     def chain_(self, gradients: Weights, stored: Weights, effective: Weights) -> None:
         """Multiply gradients by the masks, unless straight through."""

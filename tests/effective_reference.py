@@ -103,8 +103,8 @@ def assert_engine_clean(module: nn.Module) -> None:
     """No owner, no kept copy, no hook on an optimizer is left, and nothing is swapped in."""
     engine = EffectiveWeights.of(module)
     assert not engine._owners
-    assert not engine._inside
     assert not engine._stored
+    assert not engine._effective
     assert not engine._handles
 
 

@@ -143,9 +143,10 @@ def images(count: int = 64) -> TensorDataset:
     return data
 
 
-def fit(callbacks: list[Any], **options: Any) -> dict[str, float]:
+def fit(callbacks: list[Any], *, monitor_first: bool = False, **options: Any) -> dict[str, float]:
     torch.manual_seed(0)
-    trainer = quiet_trainer([*callbacks, DeviceMonitor()], **options)
+    monitor = [DeviceMonitor()]
+    trainer = quiet_trainer(monitor + callbacks if monitor_first else callbacks + monitor, **options)
     trainer.fit(ImageClassifier(network()), DataLoader(images(), batch_size=32))
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
@@ -165,6 +166,11 @@ def test_masks_save_multiply_adds_and_bytes_but_no_activations() -> None:
     assert sparse["device/macs"] == 32 * (1024 + 512) * (0.25 + 0.25 + 1)
     assert sparse["device/parameter_bytes"] == 4 * (32 + 64 + 8) + 4 * 384 + 1536 / 8
     assert sparse["device/activation_bytes"] == dense["device/activation_bytes"]
+
+
+def test_weights_are_no_activations_whichever_callback_comes_first() -> None:
+    masks = [MagnitudePruning(ConstantSchedule(0.75), scope="layer")]
+    assert fit(masks, monitor_first=True) == fit(masks)
 
 
 def test_activation_pruning_saves_both() -> None:

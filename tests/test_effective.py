@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,7 +17,7 @@ from torch.optim import SGD
 from lightning_fedsparse.callbacks import ErrorFeedback, IncrementalRegularization, MagnitudePruning
 from lightning_fedsparse.effective import EffectiveWeights
 from lightning_fedsparse.schedules import ConstantSchedule, LinearSchedule, StaircaseSchedule
-from lightning_fedsparse.transforms import MaskTransform
+from lightning_fedsparse.transforms import MaskTransform, Weights
 from tests.effective_reference import (
     WEIGHTS,
     Net,
@@ -224,6 +225,50 @@ def test_swapping_twice_is_swapping_once() -> None:
     for _ in range(2):
         engine.swap_out()
         assert torch.equal(module.weight, stored)
+
+
+def test_the_stored_weights_never_move() -> None:
+    module = nn.Linear(2, 1, bias=False)
+    memory = module.weight.detach()
+    stored = memory.clone()
+    engine = engine_with_mask(module)
+    for _ in range(2):
+        engine.swap_in()
+        assert torch.equal(memory, stored)
+        assert module.weight.data_ptr() != memory.data_ptr()
+        engine.swap_out()
+        assert module.weight.data_ptr() == memory.data_ptr()
+
+
+def test_a_step_that_raises_has_changed_nothing() -> None:
+    class Failing(MaskTransform):
+        def apply(self, weights: Weights, out: Weights) -> None:
+            super().apply(weights, out)
+            raise ArithmeticError
+
+    module = nn.Linear(2, 1, bias=False)
+    stored = module.weight.detach().clone()
+    engine = EffectiveWeights.of(module)
+    engine.register("me", Failing({"weight": torch.zeros(1, 2)}), module)
+    with pytest.raises(ArithmeticError):
+        engine.swap_in()
+    assert torch.equal(module.weight, stored)
+    assert not engine._stored
+
+
+def test_weights_of_another_layout_get_memory_of_their_own() -> None:
+    module = nn.Conv2d(2, 1, 2, bias=False)
+    engine = EffectiveWeights.of(module)
+    engine.register("me", MaskTransform({"weight": torch.zeros(1, 2, 2, 2)}), module)
+    for convert in (nn.Module.double, partial(nn.Module.to, memory_format=torch.channels_last)):
+        engine.swap_in()
+        engine.swap_out()
+        convert(module)
+        engine.swap_in()
+        assert module.weight.stride() == engine._stored["weight"].stride()
+        assert module.weight.dtype == torch.float64
+        assert not bool(module.weight.any())
+        engine.swap_out()
 
 
 def test_stored_weights_inside_a_swap() -> None:

@@ -230,7 +230,7 @@ def test_a_loader_without_length_needs_max_steps() -> None:
     module = seeded(Net)
     quiet_trainer([prune_half(fold=True)], max_steps=7).fit(module, stream)
     assert zeros(weights_of(module)) == ZEROS
-    assert not EffectiveWeights.of(module)._inside
+    assert not EffectiveWeights.of(module)._stored
 
 
 def test_a_step_that_goes_round_lightning_is_refused() -> None:

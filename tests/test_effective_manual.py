@@ -235,4 +235,4 @@ def test_a_parameter_without_optimizer_is_swapped_too() -> None:
     quiet_trainer([prune_half(), ErrorFeedback()]).fit(module, loader())
     assert torch.equal(module.first.weight, before["first.weight"])
     assert all(int((weights["first.weight"] == 0).sum()) > 0 for weights in module.seen["train"])
-    assert not EffectiveWeights.of(module)._inside
+    assert not EffectiveWeights.of(module)._stored

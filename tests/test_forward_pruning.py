@@ -32,15 +32,15 @@ PRUNED = ("first.weight", "last.weight")
 )
 def test_the_largest_of_a_layer(sparsity: float, kept: list[float]) -> None:
     weights = {"w": torch.tensor([0.8, -0.5, 0.1, 0.3, -0.2])}
-    _LargestPerLayer(["w"], sparsity, None).apply_(weights)
+    _LargestPerLayer(["w"], sparsity, None).apply(weights, weights)
     assert weights["w"].tolist() == pytest.approx(kept)
 
 
 def test_a_first_threshold_stays() -> None:
     step = _LargestPerLayer(["w"], 0.5, {})
     first, second = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([5.0, 2.5, 3.0, 7.0])
-    step.apply_({"w": first})
-    step.apply_({"w": second})
+    step.apply({"w": first}, {"w": first})
+    step.apply({"w": second}, {"w": second})
     assert first.tolist() == [0, 0, 3, 4]
     assert second.tolist() == [5, 0, 3, 7]
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_fedsparse import fold, load_folded
 from lightning_fedsparse.callbacks import ErrorFeedback, MagnitudePruning, Powerpropagation
-from lightning_fedsparse.powers import power_, power_gradient_, root_, spectral_exponents, truncated_normal_
+from lightning_fedsparse.powers import power, power_gradient_, root_, spectral_exponents, truncated_normal_
 from lightning_fedsparse.schedules import ConstantSchedule
 from tests.effective_reference import WEIGHTS, Net, loader, quiet_trainer, seeded, weights_of
 
@@ -36,13 +36,14 @@ def close(found: Tensor, expected: list[float]) -> None:
 
 def powers(weight: Tensor, beta: float) -> Tensor:
     weights = {"w": weight.clone()}
-    power_(weights, {"w": beta})
+    power(weights, {"w": beta}, weights)
     return weights["w"]
 
 
 def gradient(weight: Tensor, at_power: Tensor, beta: float) -> Tensor:
-    gradients = {"w": at_power.clone()}
-    power_gradient_(gradients, {"w": weight}, {"w": beta})
+    gradients, slopes = {"w": at_power.clone()}, {}
+    power({"w": weight}, {"w": beta}, {"w": torch.empty_like(weight)}, slopes)
+    power_gradient_(gradients, slopes, {"w": beta})
     return gradients["w"]
 
 
