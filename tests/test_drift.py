@@ -123,6 +123,22 @@ def test_turned_digits_are_the_same_digits():
     assert torch.equal(labels, others)
 
 
+def test_digits_of_some_classes():
+    some, everything = OptdigitsDataModule(classes=[3, 8]), OptdigitsDataModule()
+    for module in (some, everything):
+        module.setup("test")
+    found, labels = (torch.cat(parts) for parts in zip(*some.test_dataloader(), strict=True))
+    images, digits = (torch.cat(parts) for parts in zip(*everything.test_dataloader(), strict=True))
+    wanted = (digits == 3) | (digits == 8)
+    assert torch.equal(labels, digits[wanted])
+    assert torch.equal(found, images[wanted])
+
+
+def test_a_class_that_is_no_digit_is_refused():
+    with pytest.raises(ValueError, match=r"expected classes from 0 to 9, got \[1, 10\]"):
+        OptdigitsDataModule(classes=[1, 10])
+
+
 def test_a_dip_makes_the_model_denser_for_some_rounds():
     schedule = DipSchedule(ConstantSchedule(0.9), start=0.5, end=0.75, value=0.6)
     data = FederatedDataModule(OptdigitsDataModule(batch_size=256), IidPartition(4))

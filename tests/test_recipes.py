@@ -36,6 +36,8 @@ def changed(tmp_path: Path, old: str, new: str, name: str = "quickstart") -> Pat
 def test_the_recipes_that_ship() -> None:
     assert list(SHIPPED) == [
         "drift-feddip",
+        "drift-labels",
+        "drift-new-classes",
         "drift-redensified",
         "drift-sparsyfed",
         "fedavg-cifar10-cnn",

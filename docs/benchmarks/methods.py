@@ -40,7 +40,7 @@ from lightning_fedsparse.callbacks import (
     zerofl,
 )
 from lightning_fedsparse.capacities import CapacityShares
-from lightning_fedsparse.datasets import FashionMNISTDataModule, MNISTDataModule
+from lightning_fedsparse.datasets import FashionMNISTDataModule, MNISTWritersDataModule
 from lightning_fedsparse.evaluation import Evaluation
 from lightning_fedsparse.models import FedAvgCNN, ImageClassifier, LeNet5
 from lightning_fedsparse.partition import DirichletPartition, NaturalPartition
@@ -60,7 +60,7 @@ RUNS = Path("runs", "methods")
 
 DATA = {
     "fashion": (FashionMNISTDataModule, DirichletPartition(100, alpha=0.1, min_examples=20)),
-    "mnist": (MNISTDataModule, NaturalPartition()),
+    "mnist": (MNISTWritersDataModule, NaturalPartition()),
 }
 NETWORKS = {"cnn": FedAvgCNN, "lenet": LeNet5}
 

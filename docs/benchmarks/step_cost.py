@@ -3,8 +3,9 @@
     python docs/benchmarks/step_cost.py               # all networks
     python docs/benchmarks/step_cost.py LeNet-5       # one of them
 
-All variants run in the same Trainer set-up on the same ready batches, interleaved in one process on one thread; the
-figures are medians over the rounds of one run. Only the ratios mean anything on another machine.
+All variants run in the same Trainer set-up on the same ready batches, interleaved in one process on one thread; each round
+gives a ratio to its own plain steps, and the figures are medians over the rounds of one run. Only the ratios mean anything
+on another machine. Activations are the bytes that autograd holds at once, as DeviceMonitor measures them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 
 from lightning_fedsparse.callbacks import (
     ActivationPruning,
+    DeviceMonitor,
     ErrorFeedback,
     IncrementalRegularization,
     MagnitudePruning,
@@ -86,12 +88,20 @@ def seconds_per_step(network: Callable[[], torch.nn.Module], batches: Batches, c
     return (clock.times[-1] - clock.times[0]) / (len(clock.times) - 1)
 
 
+def activation_bytes(network: Callable[[], torch.nn.Module], batches: Batches, callbacks: list[pl.Callback]) -> float:
+    model = ImageClassifier(network(), partial(torch.optim.SGD, lr=0.01))
+    with quiet_lightning():
+        trainer = pl.Trainer(**QUIET_TRAINER, max_steps=1, accelerator="cpu", callbacks=[*callbacks, DeviceMonitor()])
+        trainer.fit(model, batches)
+    return float(trainer.callback_metrics["device/activation_bytes"])
+
+
 def main() -> None:
     torch.set_num_threads(1)
     print(
         f"{platform.processor() or platform.machine()}, torch {torch.__version__}, one thread, medians of {ROUNDS} rounds"
     )
-    print(" | ".join(["network, batch", "ms per plain step", *list(VARIANTS)[1:]]))
+    print(" | ".join(["network, batch", "ms per plain step", *list(VARIANTS)[1:], "activations, MB: plain, pruned"]))
     cases = [
         ("LeNet-5, 128", LeNet5, (128, 1, 28, 28), 50),
         ("AlexNet, 32", AlexNet, (32, 3, 32, 32), 6),
@@ -104,8 +114,14 @@ def main() -> None:
         for _ in range(ROUNDS):
             for name, callbacks in VARIANTS.items():
                 times[name].append(seconds_per_step(network, batches, callbacks()))
-        plain, *others = (statistics.median(times[name]) for name in VARIANTS)
-        print(" | ".join([title, f"{1000 * plain:.2f}", *(f"{other / plain:.3f}x" for other in others)]), flush=True)
+        plain = times.pop("plain")
+        ratios = [statistics.median(a / b for a, b in zip(other, plain, strict=True)) for other in times.values()]
+        held = [
+            f"{activation_bytes(network, batches, VARIANTS[name]()) / 2**20:.1f}"
+            for name in ("masks", "masks, pruned activations")
+        ]
+        figures = [f"{1000 * statistics.median(plain):.2f}", *(f"{ratio:.3f}x" for ratio in ratios), ", ".join(held)]
+        print(" | ".join([title, *figures]), flush=True)
 
 
 if __name__ == "__main__":

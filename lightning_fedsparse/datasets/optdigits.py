@@ -4,13 +4,17 @@ E. Alpaydin, C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine
 https://doi.org/10.24432/C50P49, CC BY 4.0. The test images were written by other people than the training images.
 """
 
+from collections.abc import Sequence
 from importlib.resources import as_file, files
 
 import numpy as np
+import numpy.typing as npt
 
 from lightning_fedsparse.datasets.arrays import ArrayDataModule, Arrays
 
 __all__ = ["OptdigitsDataModule"]
+
+Bytes = npt.NDArray[np.uint8]
 
 
 class OptdigitsDataModule(ArrayDataModule):
@@ -21,6 +25,10 @@ class OptdigitsDataModule(ArrayDataModule):
         validation_fraction: Share of the training images held out for validation, in [0, 1).
         num_workers: Worker processes of a loader.
         quarter_turns: How often every image is turned by 90 degrees to the left: other data with the same classes.
+        classes: Keep the images of these digits only; all of them if empty. Labels stay the digits.
+
+    Raises:
+        ValueError: For a class that is no digit.
     """
 
     full_scale = 16.0
@@ -32,15 +40,22 @@ class OptdigitsDataModule(ArrayDataModule):
         validation_fraction: float = 0.0,
         num_workers: int = 0,
         quarter_turns: int = 0,
+        classes: Sequence[int] = (),
     ) -> None:
         super().__init__(batch_size=batch_size, validation_fraction=validation_fraction, num_workers=num_workers)
+        if not set(classes) <= set(range(10)):
+            raise ValueError(f"expected classes from 0 to 9, got {list(classes)}")
         self.quarter_turns = quarter_turns
+        self.classes = tuple(classes)
 
     def load(self) -> Arrays:
         """Read the packaged arrays."""
         with as_file(files("lightning_fedsparse.datasets") / "optdigits.npz") as path, np.load(path) as arrays:
-            train_x, test_x = (
-                np.rot90(arrays[name].reshape(-1, 1, 8, 8), self.quarter_turns, axes=(2, 3)).copy()
-                for name in ("train_x", "test_x")
+            return Arrays(
+                *self._half(arrays["train_x"], arrays["train_y"]), *self._half(arrays["test_x"], arrays["test_y"])
             )
-            return Arrays(train_x, arrays["train_y"], test_x, arrays["test_y"])
+
+    def _half(self, images: Bytes, digits: Bytes) -> tuple[Bytes, Bytes]:
+        kept = np.isin(digits, self.classes or range(10))
+        turned = np.rot90(images[kept].reshape(-1, 1, 8, 8), self.quarter_turns, axes=(2, 3))
+        return turned.copy(), digits[kept]
