@@ -10,14 +10,16 @@ What autograd saves is the compressed copy. A layer without zeros, as all are in
 never prunes.
 
 Memory shrinks where the layer is the only one that keeps its input: after max-pooling, normalization, dropout or GELU. A ReLU
-keeps its own output until its backward pass, so an input that comes straight from one takes the compressed copy's bytes in
-addition.
+keeps its own output too, of which its backward pass needs no more than the signs: from ``nn.ReLU`` modules these are saved
+instead, a bit per entry, and every gradient stays what it was. ``F.relu`` can't be told apart from outside and keeps its
+output in addition to the compressed copy.
 
 A layer counts when it is called. ``nn.MultiheadAttention`` calls none of its projections: its ``out_proj`` is left alone, and
 its ``in_proj_weight`` is refused.
 
 Use it beside a callback that makes weights sparse; without one it does nothing. At 95 % sparsity accuracy hardly changes,
-beyond 99 % it suffers. Under ``torch.compile`` it works too, at the price of a graph break around each of these layers.
+beyond 99 % it suffers. Under ``torch.compile`` it works too, at the price of a graph break around each of these layers and
+ReLUs.
 
 References: "SparsyFed", ICLR 2025, https://arxiv.org/abs/2504.05153; M. A. Raihan, T. M. Aamodt, "Sparse Weight Activation
 Training", NeurIPS 2020, https://arxiv.org/abs/2001.01969. The released code of SparsyFed finds the threshold of a convolution
@@ -38,7 +40,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_fedsparse.activations import PrunedActivation, activation_threshold
+from lightning_fedsparse.activations import PrunedActivation, ReluSigns, SavedActivation, activation_threshold
 from lightning_fedsparse.callbacks.base import SparsityCallback
 from lightning_fedsparse.prunable import PRUNABLE_LAYERS, prunable_parameters
 
@@ -60,7 +62,7 @@ class saving_pruned(saved_tensors_hooks):  # noqa: N801  # a context manager, na
         self.hits = 0
         address, size = activation.data_ptr(), activation.numel()
 
-        def pack(tensor: Tensor) -> Tensor | PrunedActivation:
+        def pack(tensor: Tensor) -> Tensor | SavedActivation:
             # by address and size, because a linear layer saves a view of another shape
             if tensor.data_ptr() != address or tensor.numel() != size:
                 return tensor
@@ -68,6 +70,13 @@ class saving_pruned(saved_tensors_hooks):  # noqa: N801  # a context manager, na
             return PrunedActivation(tensor, threshold)
 
         super().__init__(pack, _unpack)
+
+
+class saving_signs(saved_tensors_hooks):  # noqa: N801
+    """Within this context, which is for the forward of a ReLU only, autograd saves the signs of the output."""
+
+    def __init__(self) -> None:
+        super().__init__(ReluSigns, _unpack)
 
 
 class ActivationPruning(SparsityCallback):
@@ -111,6 +120,7 @@ class ActivationPruning(SparsityCallback):
         self._densities: dict[str, float] = {}
         self._handles: list[RemovableHandle] = []
         self._open: list[saving_pruned | None] = []
+        self._relus: list[saving_signs] = []
         self._key = self._generate_state_key(include=self.include, exclude=self.exclude)
 
     @property
@@ -132,6 +142,10 @@ class ActivationPruning(SparsityCallback):
             enter = layer.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True)
             leave = layer.register_forward_hook(partial(self._leave, name), prepend=True, always_call=True)
             self._handles += [enter, leave]
+        for relu in pl_module.modules():
+            if type(relu) is nn.ReLU:
+                leave = relu.register_forward_hook(self._leave_relu, prepend=True, always_call=True)
+                self._handles += [relu.register_forward_pre_hook(self._enter_relu), leave]
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -194,6 +208,13 @@ class ActivationPruning(SparsityCallback):
                 f"pruned (a {type(layer).__name__} that pads its input itself does this); exclude it"
             )
 
+    def _enter_relu(self, relu: nn.Module, args: Any) -> None:
+        self._relus.append(saving_signs())
+        self._relus[-1].__enter__()
+
+    def _leave_relu(self, relu: nn.Module, args: Any, output: Any) -> None:
+        self._relus.pop().__exit__(None, None, None)
+
     def _density(self, name: str, weight: Tensor) -> float:
         """Share of non-zeros in the effective weight, counted once per optimizer step."""
         if name not in self._densities:
@@ -212,6 +233,7 @@ class ActivationPruning(SparsityCallback):
             handle.remove()
         self._handles.clear()
         self._open.clear()
+        self._relus.clear()
 
 
 def _layers(module: nn.Module, weights: Mapping[str, nn.Parameter]) -> list[tuple[str, nn.Module]]:
@@ -244,5 +266,5 @@ def _as_saved(layer: nn.Module, x: Tensor) -> Tensor:
     return x.contiguous() if isinstance(layer, nn.Linear) and x.ndim > 2 else x
 
 
-def _unpack(saved: Tensor | PrunedActivation) -> Tensor:
-    return saved.dense() if isinstance(saved, PrunedActivation) else saved
+def _unpack(saved: Tensor | SavedActivation) -> Tensor:
+    return saved.dense() if isinstance(saved, SavedActivation) else saved

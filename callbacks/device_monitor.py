@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_fedsparse.activations import PrunedActivation
+from lightning_fedsparse.activations import PrunedActivation, SavedActivation
 from lightning_fedsparse.callbacks.base import SparsityCallback
 from lightning_fedsparse.device_costs import LayerCost, product_macs, saved_bytes, sparse_bytes
 from lightning_fedsparse.prunable import PRUNABLE_LAYERS
@@ -53,7 +53,7 @@ class DeviceMonitor(SparsityCallback):
         self._handles: list[RemovableHandle] = []
         self._calls: list[LayerCost] = []
         self._nonzeros: dict[int, int] = {}
-        self._before: set[PrunedActivation] = set()
+        self._before: set[SavedActivation] = set()
         self._reported: defaultdict[float, list[dict[str, float]]] = defaultdict(list)
 
     # -- around the first batch --------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ class DeviceMonitor(SparsityCallback):
         self._before.clear()
 
     def _enter(self, layer: nn.Module, args: Any) -> None:
-        self._before = set(PrunedActivation.live)
+        self._before = set(SavedActivation.live)
 
     def _leave(self, layer: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
         if not (layer.training and torch.is_grad_enabled() and args):
@@ -124,7 +124,8 @@ class DeviceMonitor(SparsityCallback):
         assert isinstance(weight, nn.Parameter)
         if id(weight) not in self._nonzeros:
             self._nonzeros[id(weight)] = int(weight.count_nonzero())
-        kept = [pruned.density for pruned in PrunedActivation.live if pruned not in self._before]
+        new = set(SavedActivation.live) - self._before
+        kept = [saved.density for saved in new if isinstance(saved, PrunedActivation)]
         self._calls.append(
             LayerCost(
                 product_macs(layer, args[0], y),

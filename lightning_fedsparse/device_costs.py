@@ -25,7 +25,7 @@ from functools import partial
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from lightning_fedsparse.activations import PrunedActivation
+from lightning_fedsparse.activations import SavedActivation
 
 __all__ = ["LayerCost", "product_macs", "saved_bytes", "sparse_bytes"]
 
@@ -132,7 +132,7 @@ class saved_bytes(saved_tensors_hooks):  # noqa: N801  # a context manager, name
 
     def look(self) -> None:
         """Take what is held now into account: another context, inside this one, may have saved without notice."""
-        self.peak = max(self.peak, self._bytes + sum(pruned.nbytes for pruned in PrunedActivation.live))
+        self.peak = max(self.peak, self._bytes + sum(saved.nbytes for saved in SavedActivation.live))
 
     def hold(self, tensor: Tensor) -> None:
         """Count a tensor that is saved."""
