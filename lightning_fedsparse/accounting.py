@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from torch import Tensor
 
 from lightning_fedsparse.payload import payload_sizes
+from lightning_fedsparse.schema import Schema
 from lightning_fedsparse.update import MaskSet, SparseUpdate
 
 __all__ = ["ClientTraffic", "Traffic", "entropy_bound", "size_in_bytes"]
@@ -46,7 +47,15 @@ class Traffic:
     codings: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, payload: bytes, update: SparseUpdate, *, reference: MaskSet | None, dense: int) -> Traffic:
+    def of(
+        cls,
+        payload: bytes,
+        update: SparseUpdate,
+        *,
+        reference: MaskSet | None,
+        dense: int,
+        schema: Schema | None = None,
+    ) -> Traffic:
         """Measure one valid payload.
 
         Args:
@@ -54,8 +63,9 @@ class Traffic:
             update: What they hold.
             reference: Masks that the receiver holds.
             dense: The model as raw dense tensors, in bytes.
+            schema: The model's tensors, where the payload names them by their schema.
         """
-        sizes = payload_sizes(payload)
+        sizes = payload_sizes(payload, schema=schema, reference=reference)
         bound = entropy_bound(update, reference=reference)
         return cls(sizes.total, sizes.positions, sizes.values, sizes.header, dense, bound, sizes.codings)
 

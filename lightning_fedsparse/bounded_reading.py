@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["DEFAULT_LIMITS", "Limits", "PayloadError", "Reader", "deflate", "inflate", "varint"]
+__all__ = ["DEFAULT_LIMITS", "Limits", "PayloadError", "Reader", "deflate", "deflater", "inflate", "varint"]
 
 
 class PayloadError(ValueError):
@@ -66,9 +66,14 @@ def deflate(plain: bytes | memoryview, *, match: bool = False) -> bytes:
 
     What travels here is noise with a skewed histogram: looking for matches in it costs time and gains nothing.
     """
-    strategy = zlib.Z_DEFAULT_STRATEGY if match else zlib.Z_HUFFMAN_ONLY
-    packer = zlib.compressobj(9, zlib.DEFLATED, -15, 9, strategy)
+    packer = deflater(match=match)
     return packer.compress(plain) + packer.flush()
+
+
+def deflater(*, match: bool = False) -> zlib._Compress:
+    """What :func:`deflate` compresses with, for a stream that is made in parts."""
+    strategy = zlib.Z_DEFAULT_STRATEGY if match else zlib.Z_HUFFMAN_ONLY
+    return zlib.compressobj(9, zlib.DEFLATED, -15, 9, strategy)
 
 
 def inflate(packed: memoryview, at_most: int, what: str) -> bytes:
@@ -103,6 +108,10 @@ class Reader:
             raise PayloadError(f"{what} needs {size} bytes but {self.left} are left")
         self._at += size
         return self._data[self._at - size : self._at]
+
+    def peek(self, at_most: int) -> memoryview:
+        """The next bytes, as many as there are up to ``at_most``; they are still to be taken."""
+        return self._data[self._at : self._at + at_most]
 
     def byte(self, what: str) -> int:
         """The next byte."""

@@ -119,9 +119,10 @@ class Broadcaster:
 
     def _encode(self, update: SparseUpdate, reference: MaskSet | None) -> Broadcast:
         assert self._state is not None
-        payload = self._wire.encode_broadcast(update, reference=reference, seed=self._seed)
+        schema = self._state.schema
+        payload = self._wire.encode_broadcast(update, schema=schema, reference=reference, seed=self._seed)
         dense = size_in_bytes(self._state.tensors)
-        traffic = Traffic.of(payload, update, reference=reference, dense=dense)
+        traffic = Traffic.of(payload, update, schema=schema, reference=reference, dense=dense)
         return Broadcast(payload, None if reference is None else reference.id, traffic)
 
     def _update_for(self, client: Client) -> SparseUpdate:

@@ -28,6 +28,7 @@ from lightning_fedsparse.quiet import quiet_lightning
 from lightning_fedsparse.resident import ResidentTrainer
 from lightning_fedsparse.rounds import ClientRound
 from lightning_fedsparse.schedules import Progress
+from lightning_fedsparse.schema import Schema
 from lightning_fedsparse.seeding import derive_seed
 from lightning_fedsparse.update import MaskSet, SparseUpdate, gather, scatter_
 from lightning_fedsparse.wire import Wire
@@ -93,6 +94,9 @@ class ClientWorker:
         wire: How values travel; without loss if None.
         local_buffers: Keep each client's buffers (BatchNorm statistics) on the client instead of sending them.
         fresh_trainer: Build a new Trainer for every client round.
+
+    Attributes:
+        schema: The module's tensors, which payloads leave unsaid.
     """
 
     def __init__(
@@ -112,6 +116,7 @@ class ClientWorker:
         self._trainers = ResidentTrainer(trainer, [*callbacks, _Probe()], fresh=fresh_trainer)
         self._wire = wire or Wire()
         self._local_buffers = local_buffers
+        self.schema = Schema.of(dict(module.named_parameters()), self._buffers())
         self._masks: OrderedDict[str, MaskSet] = OrderedDict()
         self._received: OrderedDict[tuple[bytes, str | None], SparseUpdate] = OrderedDict()
 
@@ -142,7 +147,7 @@ class ClientWorker:
         broadcast = self._received.pop(key, None)
         if broadcast is None:
             reference = None if job.reference_id is None else self._masks[job.reference_id]
-            broadcast = decode(job.payload, reference=reference)
+            broadcast = decode(job.payload, schema=self.schema, reference=reference)
             if not isinstance(broadcast.masks, MaskSet):
                 broadcast = replace(broadcast, masks=MaskSet.of(broadcast.masks))
         self._received[key] = broadcast
@@ -178,7 +183,7 @@ class ClientWorker:
             for method in methods:
                 update = method.on_client_round_end(trainer, self.module, update)
             payload, read = self._wire.encode_upload(
-                update, before, reference=masks, seed=derive_seed(job.seed, "upload")
+                update, before, schema=self.schema, reference=masks, seed=derive_seed(job.seed, "upload")
             )
             for method in methods:
                 method.on_client_upload(trainer, self.module, read)

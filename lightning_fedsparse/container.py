@@ -1,16 +1,14 @@
-"""The frame of a payload: what every tensor is and how long its sections are, within declared limits.
+"""A payload that describes its tensors itself: what each of them is and how long its sections are, within declared limits.
 
-``magic | version | header lengths | header (raw deflate) | sections | CRC-32``, all integers little-endian. The header
-is a sequence of bytes, LEB128 variable-length integers and UTF-8 strings; ``docs/payload_format.md`` lists its fields.
-Reading it checks every declared size against :class:`Limits` before anything of that size is allocated. The checksum
-finds accidents, the checks refuse hostile input; neither proves who sent a payload.
+``header lengths | header (raw deflate) | sections`` in the frame, all integers little-endian. The header is a sequence of
+bytes, LEB128 variable-length integers and UTF-8 strings; ``docs/payload_format.md`` lists its fields. Reading it checks
+every declared size against :class:`Limits` before anything of that size is allocated.
 """
 
 from __future__ import annotations
 
 import math
 import struct
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -19,6 +17,7 @@ from typing import TypeVar, get_args
 import torch
 
 from lightning_fedsparse.bounded_reading import Limits, PayloadError, Reader, deflate, inflate, varint
+from lightning_fedsparse.frame import SELF_DESCRIBING, Section, write_frame
 from lightning_fedsparse.update import Absent, Kind
 
 __all__ = [
@@ -27,16 +26,12 @@ __all__ = [
     "Header",
     "PositionCoding",
     "Record",
-    "Section",
     "ValueCoding",
     "read_container",
     "write_container",
 ]
 
 T = TypeVar("T")
-Section = bytes | memoryview
-MAGIC = b"\x89FSP"
-VERSION = 1
 KINDS: tuple[Kind, ...] = get_args(Kind)
 ABSENT: tuple[Absent, ...] = get_args(Absent)
 # the index in this tuple is the code on the wire: append only
@@ -52,7 +47,7 @@ DTYPES = (
     torch.uint8,
     torch.bool,
 )
-_FRONT = struct.Struct("<4sBII")
+_LENGTHS = struct.Struct("<II")
 _MAX_DIMS = 32
 _MAX_NUMEL = 2**31 - 1  # of one tensor: position arithmetic stays far inside int64
 
@@ -133,37 +128,18 @@ def write_container(header: Header, sections: list[Section]) -> bytes:
     """Frame a header and its sections, in the order of the records: positions, then values, of each tensor."""
     plain = _write_header(header)
     packed = deflate(plain, match=True)
-    parts: list[Section] = [_FRONT.pack(MAGIC, VERSION, len(packed), len(plain)), packed, *sections]
-    checksum = 0
-    for part in parts:
-        checksum = zlib.crc32(part, checksum)
-    return b"".join([*parts, struct.pack("<I", checksum)])
+    return write_frame(SELF_DESCRIBING, [_LENGTHS.pack(len(packed), len(plain)), packed, *sections])
 
 
-def read_container(data: bytes, limits: Limits) -> tuple[Header, Reader]:
-    """Check the frame and return the header and a reader that stands at the first section.
+def read_container(reader: Reader, limits: Limits) -> Header:
+    """Read the header; the reader then stands at the first section.
 
     Raises:
-        PayloadError: For whatever is wrong with the frame or with a declared size.
+        PayloadError: For whatever is wrong with the header or with a declared size.
     """
-    if len(data) > limits.max_bytes:
-        raise PayloadError(f"the payload has {len(data)} bytes, more than the limit of {limits.max_bytes}")
-    if len(data) < _FRONT.size + 4:
-        raise PayloadError(f"the payload has {len(data)} bytes, fewer than its frame of {_FRONT.size + 4}")
-    magic, version, packed_size, header_size = _FRONT.unpack_from(data)
-    if magic != MAGIC:
-        raise PayloadError(f"not a payload: it starts with {magic!r} instead of {MAGIC!r}")
-    if version != VERSION:
-        raise PayloadError(f"payload version {version} is unknown: this decoder reads version {VERSION}")
-    view = memoryview(data)
-    (declared,) = struct.unpack("<I", view[-4:])
-    found = zlib.crc32(view[:-4])
-    if found != declared:
-        raise PayloadError(f"the checksum is {found:08x} but the payload declares {declared:08x}: it was damaged")
+    packed_size, header_size = _LENGTHS.unpack(reader.take(_LENGTHS.size, "the lengths of the header"))
     if header_size > limits.max_header_bytes:
         raise PayloadError(f"the header declares {header_size} bytes, more than the limit of {limits.max_header_bytes}")
-    reader = Reader(view[:-4])
-    reader.take(_FRONT.size, "the frame")
     plain = inflate(reader.take(packed_size, "the header"), header_size, "the header")
     if len(plain) != header_size:
         raise PayloadError(f"the header expands to {len(plain)} bytes but declares {header_size}")
@@ -171,7 +147,7 @@ def read_container(data: bytes, limits: Limits) -> tuple[Header, Reader]:
     expected = sum(record.position_bytes + record.value_bytes for record in header.parameters + header.buffers)
     if expected != reader.left:
         raise PayloadError(f"the sections have {reader.left} bytes but the header declares {expected}")
-    return header, reader
+    return header
 
 
 def _write_header(header: Header) -> bytes:

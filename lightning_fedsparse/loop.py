@@ -261,20 +261,22 @@ class FederatedLoop:
     ) -> Iterator[SparseUpdate]:
         state = self._federation.state
         limits = Limits.for_tensors(state.tensors)
-        dense = size_in_bytes(state.tensors)
+        schema, dense = state.schema, size_in_bytes(state.tensors)
         travels = self.wire.rule_for(rule)
         for result in results:
             support = self._federation.broadcaster.support(result.client_id)
             if result.memory:
                 self._federation.memories[result.client_id] = dict(result.memory)
             try:
-                update = decode(result.payload, reference=support, limits=limits)
+                update = decode(result.payload, schema=schema, reference=support, limits=limits)
                 check_update(update, state.weights, buffers=state.buffers, support=support, rule=travels)
             except PayloadError as error:
                 tally.failures[result.client_id] = str(error)
                 tally.up[result.client_id] = Traffic.of_refused(result.payload, dense=dense)
                 continue
-            tally.up[result.client_id] = Traffic.of(result.payload, update, reference=support, dense=dense)
+            tally.up[result.client_id] = Traffic.of(
+                result.payload, update, schema=schema, reference=support, dense=dense
+            )
             update = self.wire.read_upload(update, state.weights, rule)
             tally.add_loss(update)
             for method in self._methods:

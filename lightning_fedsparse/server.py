@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from lightning_fedsparse.schema import Schema
 from lightning_fedsparse.update import MaskSet, SparseUpdate, gather
 
 __all__ = ["OptimizerFactory", "ServerOptimizer", "ServerState"]
@@ -52,6 +53,11 @@ class ServerState:
     def tensors(self) -> dict[str, Tensor]:
         """Weights and buffers together: the template of an aggregate."""
         return {**self.weights, **self.buffers}
+
+    @property
+    def schema(self) -> Schema:
+        """What the model's tensors are, which its clients know as well."""
+        return Schema.of(self.weights, self.buffers)
 
     @property
     def prunable_sparsity(self) -> float:

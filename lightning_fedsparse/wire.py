@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_fedsparse.accounting import ClientTraffic, Traffic
 from lightning_fedsparse.payload import decode, encode
 from lightning_fedsparse.rounds import UploadRule
+from lightning_fedsparse.schema import Schema
 from lightning_fedsparse.update import MaskSet, SparseUpdate, gather
 from lightning_fedsparse.value_coding import LOSSLESS, VALUE_TYPES, ValueType
 
@@ -112,18 +113,19 @@ class Wire:
         """Whether uploads lose anything."""
         return self.uploads != LOSSLESS
 
-    def encode_broadcast(self, update: SparseUpdate, *, reference: MaskSet | None, seed: int) -> bytes:
+    def encode_broadcast(self, update: SparseUpdate, *, schema: Schema, reference: MaskSet | None, seed: int) -> bytes:
         """Code what a client is to receive."""
-        return encode(update, reference=reference, values=self.broadcasts, block=self.block, seed=seed)
+        return encode(update, schema=schema, reference=reference, values=self.broadcasts, block=self.block, seed=seed)
 
     def encode_upload(
-        self, update: SparseUpdate, broadcast: Mapping[str, Tensor], *, reference: MaskSet, seed: int
+        self, update: SparseUpdate, broadcast: Mapping[str, Tensor], *, schema: Schema, reference: MaskSet, seed: int
     ) -> tuple[bytes, SparseUpdate]:
         """Code an upload.
 
         Args:
             update: What the client would send.
             broadcast: The weights that it received; read only if uploads are rounded.
+            schema: The model's tensors.
             reference: The masks that it received.
             seed: Of the rounding.
 
@@ -131,10 +133,10 @@ class Wire:
             The payload, and what the server will read.
         """
         if not self.rounds_uploads:
-            return encode(update, reference=reference), update
+            return encode(update, schema=schema, reference=reference), update
         sent = update if update.kind == "delta" else _change(update, broadcast, sign=-1)
-        payload = encode(sent, reference=reference, values=self.uploads, block=self.block, seed=seed)
-        read = decode(payload, reference=reference)
+        payload = encode(sent, schema=schema, reference=reference, values=self.uploads, block=self.block, seed=seed)
+        read = decode(payload, schema=schema, reference=reference)
         return payload, read if update.kind == "delta" else _change(read, broadcast, sign=1)
 
     def rule_for(self, rule: UploadRule) -> UploadRule:

@@ -80,7 +80,7 @@ def test_who_missed_rounds_gets_the_changes_from_what_it_holds_or_all_of_the_mas
     ]  # fmt: skip
     assert codings(up_to_date)["known"] == codings(behind)["changes"] == codings(newcomer)["gaps"] == 1
     assert up_to_date.traffic.positions == 0 < behind.traffic.positions < newcomer.traffic.positions
-    update = decode(behind.payload, reference=held["c1"])
+    update = decode(behind.payload, schema=state.schema, reference=held["c1"])
     assert update.masks.id == state.masks.id
     assert torch.equal(update.values["w"], state.weights["w"][state.masks["w"]])
 

@@ -499,9 +499,9 @@ def test_each_level_is_encoded_once_and_learned_positions_are_used(monkeypatch: 
     jobs: list[Any] = []
     original, ran = Wire.encode_broadcast, ClientWorker.run
 
-    def encode_(self: Wire, update: SparseUpdate, *, reference: Any, seed: int) -> bytes:
-        encoded.append(reference)
-        return original(self, update, reference=reference, seed=seed)
+    def encode_(self: Wire, update: SparseUpdate, **arguments: Any) -> bytes:
+        encoded.append(update)
+        return original(self, update, **arguments)
 
     def run_(self: ClientWorker, job: Any) -> Any:
         jobs.append((job.client_id, job.reference_id))
@@ -534,7 +534,7 @@ def test_an_upload_beyond_the_clients_own_support_is_refused(monkeypatch: pytest
         result = ran(self, job)
         if job.client_id != "c1":
             return result
-        own = decode(result.payload, reference=self._masks[next(reversed(self._masks))])
+        own = decode(result.payload, schema=self.schema, reference=self._masks[next(reversed(self._masks))])
         dense = {name: torch.ones_like(parameter) for name, parameter in self.module.named_parameters()}
         wide = replace(own, values=dense, masks=dict.fromkeys(dense), mask_id=None)
         return replace(result, payload=encode(wide))

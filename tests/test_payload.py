@@ -360,9 +360,9 @@ def test_tiny_is_a_payload():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "the payload has 0 bytes, fewer than its frame of 17"),
+        (b"", "the payload has 0 bytes, fewer than its frame of 9"),
         (b"PK" + bytes(40), "not a payload: it starts with b'PK"),
-        (framed(tiny(), VALUES, version=9), "payload version 9 is unknown: this decoder reads version 1"),
+        (framed(tiny(), VALUES, version=9), "payload version 9 is unknown: this decoder reads versions 1 and 2"),
         (framed(tiny(), VALUES)[:-1], "the checksum is"),
         (framed(tiny(), VALUES[:-1]), "the sections have 7 bytes but the header declares 8"),
         (framed(tiny(), VALUES + b"\0"), "the sections have 9 bytes but the header declares 8"),

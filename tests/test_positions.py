@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from lightning_fedsparse.bounded_reading import PayloadError, deflate
 from lightning_fedsparse.container import PositionCoding
-from lightning_fedsparse.positions import decode_positions, encode_positions, pack_gaps, unpack_gaps
+from lightning_fedsparse.gaps import pack_gaps, unpack_gaps
+from lightning_fedsparse.positions import decode_positions, encode_positions
 from lightning_fedsparse.update import MaskSet
 
 CHANGES, GAPS, PACKED, BITMAP = (PositionCoding(code) for code in (2, 3, 4, 5))

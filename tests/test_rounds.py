@@ -20,6 +20,7 @@ from lightning_fedsparse.payload import decode, encode
 from lightning_fedsparse.records import read_history
 from lightning_fedsparse.sampling import UniformSampling
 from lightning_fedsparse.schedules import ConstantSchedule
+from lightning_fedsparse.server import ServerState
 from tests.test_loop import QUIET, Net, clients, loaders
 
 
@@ -176,7 +177,7 @@ def test_an_upload_beyond_the_support_is_refused(uploads):
     _, change = uploads
 
     def dense(result):
-        update = decode(result.payload, reference=loop.state.masks)
+        update = decode(result.payload, schema=loop.state.schema, reference=loop.state.masks)
         values = dict(update.values)
         values["first.weight"] = torch.ones(16, 8)
         masks = {**update.masks, "first.weight": None}
@@ -194,12 +195,16 @@ def test_an_upload_beyond_the_support_is_refused(uploads):
 def test_an_upload_of_another_kind_is_refused_and_a_nan_metric_does_no_harm(uploads):
     _, change = uploads
 
+    def own(result):
+        start = ServerState.of(Net())
+        return decode(result.payload, schema=start.schema, reference=start.masks)
+
     def delta(result):
-        update = replace(decode(result.payload), kind="delta")
+        update = replace(own(result), kind="delta")
         return replace(result, payload=encode(update))
 
     def boastful(result):
-        update = replace(decode(result.payload), metrics={"train_loss": math.nan})
+        update = replace(own(result), metrics={"train_loss": math.nan})
         return replace(result, payload=encode(update))
 
     change["c1"], change["c0"] = delta, boastful

@@ -138,12 +138,12 @@ def test_a_refused_upload_is_counted_and_believed_nothing(monkeypatch):
 
 
 def damaged(damage):
-    return lambda payload, reference: damage(payload)
+    return lambda payload, schema, reference: damage(payload)
 
 
 def changed(**parts):
-    def change(payload, reference):
-        update = decode(payload, reference=reference)
+    def change(payload, schema, reference):
+        update = decode(payload, schema=schema, reference=reference)
         return encode(replace(update, **{name: part(update) for name, part in parts.items()}))
 
     return change
@@ -169,7 +169,7 @@ def but_one(tensors):
         (damaged(lambda payload: payload + b"\0"), "checksum"),
         (damaged(lambda payload: payload[:40] + bytes([payload[40] ^ 1]) + payload[41:]), "checksum"),
         (damaged(lambda payload: b"PK" + payload), "not a payload"),
-        (damaged(lambda payload: payload[:4] + b"\2" + payload[5:]), "version 2 is unknown"),
+        (damaged(lambda payload: payload[:4] + b"\x09" + payload[5:]), "version 9 is unknown"),
         (changed(values=lambda u: {name: value * torch.nan for name, value in u.values.items()}), "not finite"),
         (changed(values=lambda u: {name: value + torch.inf for name, value in u.values.items()}), "not finite"),
         (changed(values=lambda u: but_one(u.values), masks=lambda u: but_one(u.masks)), "parameters of the model"),
@@ -188,7 +188,7 @@ def test_a_hostile_upload_costs_the_round_one_client(monkeypatch, spoil, reason)
         if spoilt:
             return result
         spoilt.append(job.client_id)
-        return replace(result, payload=spoil(result.payload, list(self._masks.values())[-1]))
+        return replace(result, payload=spoil(result.payload, self.schema, list(self._masks.values())[-1]))
 
     monkeypatch.setattr(ClientWorker, "run", hostile)
     loop, state = run(1, feddip(sparsity=0.7, initial_sparsity=0.3))
@@ -326,7 +326,7 @@ def test_an_upload_that_did_not_round_is_of_another_kind(monkeypatch):
 
     def exact(self, job):
         result = original(self, job)
-        update = decode(result.payload)
+        update = decode(result.payload, schema=self.schema, reference=list(self._masks.values())[-1])
         update.kind = "weights"
         return type(result)(result.client_id, encode(update), result.memory, result.seconds)
 

@@ -44,6 +44,14 @@ def described_masks(masks):
     }
 
 
+def described_schema(schema):
+    """Name, dtype and shape of every tensor."""
+    return {
+        part: [[spec.name, str(spec.dtype).removeprefix("torch."), list(spec.shape)] for spec in specs]
+        for part, specs in (("parameters", schema.parameters), ("buffers", schema.buffers))
+    }
+
+
 def described_mask(mask):
     """Zeros and ones in row-major order."""
     return None if mask is None else "".join("01"[bit] for bit in mask.reshape(-1).tolist())

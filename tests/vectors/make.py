@@ -1,6 +1,6 @@
-"""Write the test vectors of the current version of the format: ``python tests/vectors/make.py tests/vectors/v1``.
+"""Write the test vectors of a form of the format: ``python -m tests.vectors.make tests/vectors/v2``.
 
-Vectors of a version that was released are never written again. They are decoders' ground truth; an encoder may choose other
+Updates are encoded by a schema into a folder ``v2``, and so that they describe themselves into ``v1``. Vectors of a version that was released are never written again. They are decoders' ground truth; an encoder may choose other
 codings for the same update, so that another version of zlib may write other bytes.
 """
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from lightning_fedsparse.payload import MaskSet, decode, encode
+from lightning_fedsparse.payload import MaskSet, Schema, decode, encode
 from lightning_fedsparse.update import SparseUpdate, gather
-from tests.vectors.describing import described, described_masks
+from tests.vectors.describing import described, described_masks, described_schema
 
 SEED = 20
 
@@ -111,14 +111,24 @@ def vectors():
     yield "int4_blocks", update, None, "int4", 10
 
 
+def schema_of(update: SparseUpdate) -> Schema:
+    """The schema of a model that has just these tensors."""
+    shapes = {name: (update.values[name] if mask is None else mask).shape for name, mask in update.masks.items()}
+    weights = {name: torch.empty(shape, dtype=update.values[name].dtype) for name, shape in shapes.items()}
+    return Schema.of(weights, update.buffers)
+
+
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     index = {}
     for name, update, reference, value_type, block in vectors():
-        data = encode(update, reference=reference, values=value_type, block=block, seed=SEED)
+        schema = schema_of(update) if folder.name == "v2" else None
+        data = encode(update, reference=reference, schema=schema, values=value_type, block=block, seed=SEED)
         (folder / f"{name}.bin").write_bytes(data)
         held = None if reference is None else {"id": reference.id, **described_masks(reference)}
-        index[name] = {"reference": held, "update": described(decode(data, reference=reference))}
+        update = described(decode(data, reference=reference, schema=schema))
+        named = {} if schema is None else {"schema": described_schema(schema)}
+        index[name] = {"reference": held, **named, "update": update}
     (folder / "vectors.json").write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
