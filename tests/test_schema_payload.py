@@ -1,7 +1,9 @@
 """Payloads that leave to a schema what their tensors are."""
 
+import re
 import struct
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,6 +47,13 @@ def test_by_eye():
     by_hand = b"\6\x2a" + SCHEMA.fingerprint + fingerprint(HELD.id) + values
     assert content_of(encode(update, schema=SCHEMA, reference=HELD)) == by_hand
     assert_same(decode(framed_by_schema(by_hand), schema=SCHEMA, reference=HELD), update)
+
+
+def test_the_example_of_the_specification():
+    page = (Path(__file__).parents[1] / "docs" / "payload_format.md").read_text()
+    listing = page.split("```")[3].strip().splitlines()
+    data = bytes.fromhex("".join(re.split(" {3,}", line)[0] for line in listing))
+    assert_same(decode(data, schema=SCHEMA), SparseUpdate({"w": torch.tensor([1.0, 2.0, 3.0])}, dict(HELD), 42))
 
 
 def test_an_upload_of_the_loop_by_eye():

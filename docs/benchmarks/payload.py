@@ -6,17 +6,21 @@
 
 Tables are printed and put into the page. Everything runs in one thread; times are of this process's own CPU time, the
 least of several repetitions, and given as multiples of something done in the same run: only those mean anything on
-another machine. ``--checkpoints`` names the folder with runs of the Fashion-MNIST benchmark.
+another machine. ``FEDSPARSE_DATA`` names the folder that holds Fashion-MNIST, without which a model is missing from
+``trained``; ``--checkpoints`` names the folder with runs of the Fashion-MNIST benchmark, of which more come.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
 import platform
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -30,11 +34,11 @@ from lightning_fedsparse import FederatedDataModule, FederatedLoop
 from lightning_fedsparse.accounting import Traffic, entropy_bound, size_in_bytes
 from lightning_fedsparse.broadcasting import unpack_masks
 from lightning_fedsparse.callbacks import feddip
-from lightning_fedsparse.datasets import OptdigitsDataModule
+from lightning_fedsparse.datasets import FashionMNISTDataModule, OptdigitsDataModule
 from lightning_fedsparse.evaluation import Evaluation
-from lightning_fedsparse.models import DigitsCNN, ImageClassifier
+from lightning_fedsparse.models import DigitsCNN, ImageClassifier, LeNet5
 from lightning_fedsparse.partition import IidPartition
-from lightning_fedsparse.payload import MaskSet, decode, encode, payload_sizes
+from lightning_fedsparse.payload import MaskSet, Schema, decode, encode, payload_sizes
 from lightning_fedsparse.update import SparseUpdate, gather
 
 Rows = list[list[str]]  # the first is the heading
@@ -53,6 +57,9 @@ def random_update(density: float) -> SparseUpdate:
     return SparseUpdate(gather({"w": torch.randn(SIZE, generator=generator) * 0.02}, masks), masks, num_examples=600)
 
 
+SCHEMA = Schema.of({"w": torch.empty(SIZE)}, {})  # as in the loop, both ends know what the tensors are
+
+
 def with_raw_values(traffic: Traffic, values: int) -> int:
     """What a payload would take if float32 values were not coded."""
     return traffic.total - traffic.values + 4 * values
@@ -62,8 +69,8 @@ def sizes() -> Rows:
     rows = [["density", "bound, bytes", "raw float32", "float32", *ROUNDED]]
     for density in DENSITIES:
         update = random_update(density)
-        traffic = Traffic.of(encode(update), update, reference=None, dense=0)
-        rounded = [len(encode(update, values=values, seed=0)) / traffic.bound for values in ROUNDED]
+        traffic = Traffic.of(encode(update, schema=SCHEMA), update, schema=SCHEMA, reference=None, dense=0)
+        rounded = [len(encode(update, schema=SCHEMA, values=values, seed=0)) / traffic.bound for values in ROUNDED]
         ratios = [with_raw_values(traffic, update.num_values) / traffic.bound, traffic.total / traffic.bound, *rounded]
         rows.append([str(density), f"{traffic.bound:,}", *(f"{ratio:.4f}" for ratio in ratios)])
     return rows
@@ -77,7 +84,7 @@ def peers() -> Rows:
         update = random_update(density)
         count = update.num_values
         others = (4 * SIZE, 8 * count, (SIZE + 7) // 8 + 4 * count)
-        ours, int8 = len(encode(update)), len(encode(update, values="int8", seed=0))
+        ours, int8 = len(encode(update, schema=SCHEMA)), len(encode(update, schema=SCHEMA, values="int8", seed=0))
         megabytes = [f"{number / 1e6:.3f}" for number in (*others, ours)]
         rows.append([str(density), *megabytes, f"{min(others) / ours:.2f}x", f"{int8 / 1e6:.3f}"])
     return rows
@@ -91,10 +98,11 @@ def masks() -> Rows:
         kept = torch.rand(SIZE, generator=torch.Generator().manual_seed(9)) < 0.96
         subset = MaskSet.of({"w": held["w"] & kept})
         moved = SparseUpdate(gather({"w": torch.randn(SIZE)}, subset), subset)
-        positions = payload_sizes(encode(moved, reference=held)).positions
+        leaning = {"schema": SCHEMA, "reference": held}
+        positions = payload_sizes(encode(moved, **leaning), **leaning).positions
         bound = entropy_bound(moved, reference=held) - 4 * moved.num_values
-        alone = payload_sizes(encode(moved)).positions
-        known = payload_sizes(encode(update, reference=held))
+        alone = payload_sizes(encode(moved, schema=SCHEMA), schema=SCHEMA).positions
+        known = payload_sizes(encode(update, **leaning), **leaning)
         ratios = f"{positions / bound:.4f}", f"{alone / positions:.1f}x as much", f"{known.total / known.values:.5f}"
         rows.append([str(density), *ratios])
     return rows
@@ -111,20 +119,27 @@ def speed() -> Rows:
         """A mask set that has not found its positions yet."""
         return SparseUpdate(update.values, MaskSet(held.id, {"w": held["w"]}))
 
+    def read(data: bytes) -> SparseUpdate:
+        return decode(data, schema=SCHEMA)
+
     cases: list[tuple[str, Callable[[], bytes], Callable[[bytes], object]]] = [
-        ("new mask", lambda: encode(update), decode),
-        ("new mask, its positions still to be found", lambda: encode(anew()), decode),
-        ("known mask", lambda: encode(update, reference=held), lambda data: decode(data, reference=held)),
-        *((f"new mask, {v}", lambda v=v: encode(update, values=v, seed=0), decode) for v in ROUNDED),
-        ("dense", lambda: encode(whole), decode),
+        ("new mask", lambda: encode(update, schema=SCHEMA), read),
+        ("new mask, its positions still to be found", lambda: encode(anew(), schema=SCHEMA), read),
+        (
+            "known mask",
+            lambda: encode(update, schema=SCHEMA, reference=held),
+            lambda data: decode(data, schema=SCHEMA, reference=held),
+        ),
+        *((f"new mask, {v}", lambda v=v: encode(update, schema=SCHEMA, values=v, seed=0), read) for v in ROUNDED),
+        ("dense", lambda: encode(whole, schema=SCHEMA), read),
     ]
     rows = [
         ["update", "encode, ms", "copies", "decode, ms", "copies", "MB/s of dense weights, encode / decode"],
         [f"a copy of the dense {4 * SIZE / 1e6:.1f} MB", f"{copy:.1f}", "1", f"{copy:.1f}", "1", ""],
     ]
-    for name, write, read in cases:
+    for name, write, undo in cases:
         data = write()
-        times = milliseconds(write), milliseconds(lambda data=data, read=read: read(data))
+        times = milliseconds(write), milliseconds(lambda data=data, undo=undo: undo(data))
         cells = [cell for least in times for cell in (f"{least:.1f}", f"{least / copy:.1f}")]
         rows.append([name, *cells, " / ".join(f"{4e-3 * SIZE / least:.0f}" for least in times)])
     return rows
@@ -142,19 +157,23 @@ def milliseconds(function: Callable[[], object]) -> float:
 
 def trained(checkpoints: Path) -> Rows:
     heading = "model, masked weights, density, of layers, bound (bytes), raw float32, float32, int8, header (bytes)"
-    rows = [[*heading.split(", "), "known mask: total / coded values"]]
+    rows = [[*heading.split(", "), "known mask: total / coded values", "the loop's upload"]]
     for name, weights, held in trained_models(checkpoints):
+        schema = Schema.of(weights, {})
         update = SparseUpdate(gather(weights, held), held, num_examples=600)
-        traffic = Traffic.of(encode(update), update, reference=None, dense=size_in_bytes(weights))
-        known = payload_sizes(encode(update, reference=held))
+        data = encode(update, schema=schema)
+        traffic = Traffic.of(data, update, schema=schema, reference=None, dense=size_in_bytes(weights))
+        leaning = {"schema": schema, "reference": held}
+        known = payload_sizes(encode(update, **leaning), **leaning)
+        upload = len(encode(replace(update, mask_id=held.id, metrics={"train_loss": 0.5}), **leaning))
         masks = [mask for mask in held.values() if mask is not None]
         layers = [float(mask.float().mean()) for mask in masks]
         masked, kept = (sum(int(count(mask)) for mask in masks) for count in (Tensor.numel, Tensor.sum))
         raw = with_raw_values(traffic, update.num_values)
-        int8 = len(encode(update, values="int8", seed=0))
+        int8 = len(encode(update, schema=schema, values="int8", seed=0))
         ratios = [f"{size / traffic.bound:.4f}" for size in (raw, traffic.total, int8)]
         density = f"{kept / masked:.3f}", f"{min(layers):.3f} to {max(layers):.3f}"
-        last = f"{traffic.header}", f"{known.total / known.values:.4f}"
+        last = f"{traffic.header}", f"{known.total / known.values:.4f}", f"{upload / known.values:.4f}"
         rows.append([name, f"{masked:,}", *density, f"{traffic.bound:,}", *ratios, *last])
     return rows
 
@@ -173,6 +192,14 @@ def trained_models(checkpoints: Path) -> Iterator[tuple[str, Mapping[str, Tensor
         )
         loop.fit(ImageClassifier(network), data)
         yield f"{name}, 12 rounds", loop.state.weights, loop.state.masks
+    if "FEDSPARSE_DATA" in os.environ:
+        loop = FederatedLoop(
+            12, 5, feddip(sparsity=0.95), {"max_epochs": 2}, evaluation=Evaluation(split="none"), console=False
+        )
+        pl.seed_everything(0, verbose=False)
+        fashion = FederatedDataModule(FashionMNISTDataModule(batch_size=128), IidPartition(num_clients=50))
+        loop.fit(ImageClassifier(LeNet5(), partial(torch.optim.SGD, lr=0.1, weight_decay=5e-4)), fashion)
+        yield "LeNet-5 on Fashion-MNIST, 12 rounds", loop.state.weights, loop.state.masks
     for path in sorted(checkpoints.glob("*feddip*/checkpoints/last.ckpt")):
         saved = torch.load(path, weights_only=True)
         if saved["round"] == ROUNDS:

@@ -1,7 +1,8 @@
 """Write the test vectors of a form of the format: ``python -m tests.vectors.make tests/vectors/v2``.
 
-Updates are encoded by a schema into a folder ``v2``, and so that they describe themselves into ``v1``. Vectors of a version that was released are never written again. They are decoders' ground truth; an encoder may choose other
-codings for the same update, so that another version of zlib may write other bytes.
+Updates are encoded by a schema into a folder ``v2``, and so that they describe themselves into ``v1``. Vectors of a version
+that was released are never written again. They are decoders' ground truth; an encoder may choose other codings for the same
+update, so that another version of zlib may write other bytes.
 """
 
 import json
