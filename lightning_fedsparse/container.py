@@ -23,6 +23,7 @@ from lightning_fedsparse.update import Absent, Kind
 __all__ = [
     "DTYPES",
     "LEANING",
+    "MAX_NUMEL",
     "Header",
     "PositionCoding",
     "Record",
@@ -49,7 +50,7 @@ DTYPES = (
 )
 _LENGTHS = struct.Struct("<II")
 _MAX_DIMS = 32
-_MAX_NUMEL = 2**31 - 1  # of one tensor: position arithmetic stays far inside int64
+MAX_NUMEL = 2**31 - 1  # of one tensor: position arithmetic stays far inside int64
 
 
 class PositionCoding(IntEnum):
@@ -224,7 +225,7 @@ def _read_record(reader: Reader, name: str, limits: Limits) -> Record:
     shape: tuple[int, ...] = ()
     count = position_bytes = 0
     if positions != PositionCoding.KNOWN:
-        largest = min(limits.max_elements, _MAX_NUMEL)
+        largest = min(limits.max_elements, MAX_NUMEL)
         dims = reader.varint(f"the number of dimensions of {name!r}", _MAX_DIMS)
         shape = tuple(reader.varint(f"a dimension of {name!r}", largest) for _ in range(dims))
         # a zero must not hide what the other dimensions would make of the strides

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_fedsparse.bounded_reading import varint
-from lightning_fedsparse.container import DTYPES
+from lightning_fedsparse.container import DTYPES, MAX_NUMEL
 from lightning_fedsparse.update import SparseUpdate
 
 __all__ = ["FINGERPRINT", "Schema", "TensorSpec", "fingerprint"]
@@ -55,11 +55,15 @@ class Schema:
         """The schema of a model's parameters and persistent buffers.
 
         Raises:
-            ValueError: For a dtype that payloads can't carry.
+            ValueError: For a tensor that payloads can't carry, for its dtype or its size, or a name that comes twice.
         """
+        if both := parameters.keys() & buffers.keys():
+            raise ValueError(f"expected parameters and buffers of different names, got {min(both)!r} among both")
         for name, tensor in {**parameters, **buffers}.items():
             if tensor.dtype not in DTYPES:
                 raise ValueError(f"expected {name!r} to have a dtype that a payload can carry, got {tensor.dtype}")
+            if tensor.numel() > MAX_NUMEL:
+                raise ValueError(f"expected {name!r} to have at most {MAX_NUMEL} elements, got {tensor.numel()}")
         specs = (
             tuple(TensorSpec(name, tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items())
             for tensors in (parameters, buffers)

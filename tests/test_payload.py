@@ -479,7 +479,8 @@ def test_limits_for_a_model_admit_its_updates_and_no_larger_model():
 # fuzzing: whatever arrives is an update or a PayloadError
 
 
-def _seeds():
+def seed_updates():
+    """Tensors and buffers of a model, masks that a receiver may hold, and updates on them and on others."""
     shapes = {"a": (40, 50), "b": (7,), "c": ()}
     generator = torch.Generator().manual_seed(0)
     tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
@@ -490,9 +491,18 @@ def _seeds():
     moved[0, :3] = True
     after = MaskSet.of({**masks, "a": moved})
     wide = MaskSet.of({**masks, "a": torch.rand(40, 50, generator=generator) < 0.35})
+    blocks = MaskSet.of({**masks, "a": (torch.arange(2000) // 64 % 4 == 0).view(40, 50)})
     buffers = {"mean": torch.randn(5, generator=generator), "steps": torch.tensor(3), "on": torch.tensor([True])}
-    for held in (masks, after, wide):
-        update = SparseUpdate(gather(tensors, held), held, 5, buffers=buffers, metrics={"loss": 1.0}, mask_id=held.id)
+    seeds = [
+        SparseUpdate(gather(tensors, held), held, 5, buffers=buffers, metrics={"loss": 1.0}, mask_id=held.id)
+        for held in (masks, after, wide, blocks)
+    ]
+    return tensors, buffers, masks, seeds
+
+
+def _seeds():
+    _, _, masks, seeds = seed_updates()
+    for update in seeds:
         for reference in (None, masks):
             yield encode(update, reference=reference), masks
 

@@ -14,7 +14,7 @@ from lightning_fedsparse.bounded_reading import deflate, varint
 from lightning_fedsparse.payload import Limits, MaskSet, PayloadError, Schema, decode, encode, payload_sizes
 from lightning_fedsparse.schema import fingerprint
 from lightning_fedsparse.update import SparseUpdate, gather
-from tests.test_payload import EDITS, assert_same, edited, random_update, updates
+from tests.test_payload import EDITS, assert_same, edited, random_update, seed_updates, updates
 from tests.vectors.make import schema_of
 
 
@@ -192,6 +192,10 @@ def test_updates_of_another_model(update, message):
 def test_a_model_that_payloads_can_not_carry():
     with pytest.raises(ValueError, match="expected 'w' to have a dtype that a payload can carry, got torch.complex64"):
         Schema.of({"w": torch.zeros(2, dtype=torch.cfloat)}, {})
+    with pytest.raises(ValueError, match="expected parameters and buffers of different names, got 'w' among both"):
+        Schema.of({"w": torch.zeros(2)}, {"w": torch.zeros(2)})
+    with pytest.raises(ValueError, match="expected 'w' to have at most 2147483647 elements, got 2147483648"):
+        Schema.of({"w": torch.empty(2**31, device="meta")}, {})
 
 
 # errors when decoding
@@ -305,23 +309,11 @@ def test_a_stream_that_expands_further_than_it_may_is_not_expanded():
 
 
 def _seeds():
-    shapes = {"a": (40, 50), "b": (7,), "c": ()}
-    generator = torch.Generator().manual_seed(0)
-    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    tensors["b"] = tensors["b"].bfloat16()
-    masks = MaskSet.of({"a": torch.rand(40, 50, generator=generator) < 0.1, "b": torch.arange(7) < 3, "c": None})
-    moved = masks["a"].clone()
-    moved.view(-1)[masks.positions("a")[::10]] = False
-    moved[0, :3] = True
-    after = MaskSet.of({**masks, "a": moved})
-    wide = MaskSet.of({**masks, "a": torch.rand(40, 50, generator=generator) < 0.35})
-    blocks = MaskSet.of({**masks, "a": (torch.arange(2000) // 64 % 4 == 0).view(40, 50)})
-    buffers = {"mean": torch.randn(5, generator=generator), "steps": torch.tensor(3), "on": torch.tensor([True])}
+    tensors, buffers, masks, seeds = seed_updates()
     schema = Schema.of(tensors, buffers)
-    for held in (masks, after, wide, blocks):
-        update = SparseUpdate(gather(tensors, held), held, 5, buffers=buffers, metrics={"loss": 1.0}, mask_id=held.id)
+    for update in seeds:
         for reference in (None, masks):
-            for values in ("float32", "int4") if held is masks else ("float32",):
+            for values in ("float32", "int4"):
                 yield encode(update, schema=schema, reference=reference, values=values, seed=0), masks, schema
 
 
