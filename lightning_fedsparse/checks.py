@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-__all__ = ["require_a", "require_lightning", "require_trainer_arguments"]
+__all__ = ["require_a", "require_at_least_one", "require_lightning", "require_trainer_arguments"]
 
 
 def require_a(kind: type, value: object, what: str, example: str) -> None:
@@ -20,6 +20,17 @@ def require_a(kind: type, value: object, what: str, example: str) -> None:
     """
     if not isinstance(value, kind):
         raise TypeError(f"expected {what} of type {kind.__name__}, such as {example}, got {type(value).__name__}")
+
+
+def require_at_least_one(**values: int) -> None:
+    """Require counts of at least 1.
+
+    Raises:
+        ValueError: Naming the first that is smaller.
+    """
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"expected {name} to be at least 1, got {value}")
 
 
 def require_lightning(value: object, kind: type, what: str) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import lightning.pytorch as pl
+
 from lightning_fedsparse.broadcasting import Broadcaster, pack_masks, unpack_masks
+from lightning_fedsparse.callbacks.base import SparsityCallback
+from lightning_fedsparse.seeding import derive_seed
 from lightning_fedsparse.server import ServerOptimizer, ServerState
 
 __all__ = ["Federation"]
@@ -26,6 +31,21 @@ class Federation:
     optimizer: ServerOptimizer
     broadcaster: Broadcaster = field(default_factory=Broadcaster)
     memories: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def start(self, module: pl.LightningModule, methods: Sequence[SparsityCallback], seed: int) -> None:
+        """Let every method make its server's state, before round 0 and before a checkpoint replaces it."""
+        for position, method in enumerate(methods):
+            self.state = method.on_server_start(module, self.state, derive_seed(seed, "method", position))
+
+    def resume(self, saved: dict[str, Any], methods: Sequence[SparsityCallback]) -> None:
+        """Take back what :meth:`state_dict` gave, and let every method take what it keeps there.
+
+        Raises:
+            ValueError: If it is of another model, naming the first tensor that differs.
+        """
+        self.load_state_dict(saved)
+        for method in methods:
+            method.on_server_resume(self.state)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as tensors and primitives."""

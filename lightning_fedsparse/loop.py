@@ -34,13 +34,15 @@ from lightning_fedsparse.broadcasting import Broadcaster
 from lightning_fedsparse.callbacks.base import CallbackList, SparsityCallback
 from lightning_fedsparse.capacities import require_capacity
 from lightning_fedsparse.checkpoint import RunFolder
-from lightning_fedsparse.checks import require_a, require_lightning, require_trainer_arguments
+from lightning_fedsparse.checks import require_at_least_one
 from lightning_fedsparse.client import ClientJob, ClientResult, ClientWorker
 from lightning_fedsparse.console import Console
 from lightning_fedsparse.data import FederatedDataModule
-from lightning_fedsparse.evaluation import Evaluation, Evaluator, evaluate, recalibrate
+from lightning_fedsparse.evaluation import Evaluation, Evaluator, evaluate
 from lightning_fedsparse.executors.local import Executor, LocalExecutor
 from lightning_fedsparse.federation import Federation
+from lightning_fedsparse.global_model import GlobalModel
+from lightning_fedsparse.loop_arguments import require_model_and_data, require_parts, trainer_arguments
 from lightning_fedsparse.payload import Limits, PayloadError, check_update, decode
 from lightning_fedsparse.records import RoundRecord
 from lightning_fedsparse.rounds import ServerRound, UploadRule
@@ -108,36 +110,15 @@ class FederatedLoop:
         default_root_dir: str | Path | None = None,
         console: bool = True,
     ) -> None:
-        for name, value in {
-            "rounds": rounds,
-            "clients_per_round": clients_per_round,
-            "threads": threads,
-            "checkpoint_every": checkpoint_every,
-        }.items():
-            if value < 1:
-                raise ValueError(f"expected {name} to be at least 1, got {value}")
+        require_at_least_one(
+            rounds=rounds, clients_per_round=clients_per_round, threads=threads, checkpoint_every=checkpoint_every
+        )
         if buffers not in ("average", "local", "recalibrate"):
             raise ValueError(f"expected buffers to be 'average', 'local' or 'recalibrate', got {buffers!r}")
-        for given, kind, name, example in (
-            (trainer, Mapping, "trainer", '{"max_epochs": 2}'),
-            (callbacks, Sequence, "callbacks", "feddip() or [MagnitudePruning(...)]"),
-            (executor, Executor, "executor", "ProcessExecutor(workers=2)"),
-            (evaluation, Evaluation, "evaluation", 'Evaluation(split="test")'),
-            (wire, Wire, "wire", 'Wire(uploads="int8")'),
-        ):
-            if given is not None:
-                require_a(kind, given, name, example)
-        arguments = dict(trainer or {})
-        require_trainer_arguments(arguments)
-        if not arguments.keys() & {"max_epochs", "max_steps", "max_time"}:
-            arguments["max_epochs"] = 1
-        plain = arguments.pop("callbacks", None) or []
+        require_parts(trainer=trainer, callbacks=callbacks, executor=executor, evaluation=evaluation, wire=wire)
         self.rounds = rounds
         self.clients_per_round = clients_per_round
-        self.callbacks = [*(callbacks or []), *(plain if isinstance(plain, Sequence) else [plain])]
-        for callback in self.callbacks:
-            require_lightning(callback, pl.Callback, "a callback")
-        self.trainer = arguments
+        self.callbacks, self.trainer = trainer_arguments(callbacks, trainer)
         self.aggregator = aggregator
         self.executor = executor or LocalExecutor()
         self.executor.check(clients_per_round)
@@ -153,7 +134,6 @@ class FederatedLoop:
         self.console = Console(rounds, quiet=not console)
         self.history: list[RoundRecord] = []
         self._server_optimizer = server_optimizer
-        self._cohort: Sequence[str] = ()
 
     def fit(
         self,
@@ -194,7 +174,7 @@ class FederatedLoop:
             self.executor.stop()
             torch.set_num_threads(threads)
             console.stop()
-            self._load_global()
+            self._global.load()
         console.summary(self.history)
         return self.history
 
@@ -206,9 +186,7 @@ class FederatedLoop:
     def load_submodel(self, model: pl.LightningModule, capacity: float) -> None:
         """After ``fit``: write the global model's submodel of a capacity into a module, as a client of it uses it."""
         require_capacity(capacity, "of the submodel")
-        self._federation.state.load_into(model)
-        for method in self._methods:
-            method.to_effective_(dict(model.named_parameters()), capacity)
+        self._global.load_into(model, capacity)
 
     def validate(self, model: pl.LightningModule, data: pl.LightningDataModule) -> dict[str, float]:
         """Evaluate a module on the data module's global validation loaders."""
@@ -297,16 +275,12 @@ class FederatedLoop:
         self._federation.optimizer.step(self._federation.state, mean)
         for method in self._methods:
             self._federation.state = method.on_server_round_end(self._federation.state, server_round)
-        self._cohort = cohort
-        if self.buffers == "recalibrate":
-            self._load_global()
-            self._recalibrate()
-            self._federation.state.buffers = ServerState.of(self._model).buffers
+        self._global.end_round(cohort)
 
     def _record(self, done: int, tally: RoundTally, metrics: Mapping[str, float], started: float) -> None:
         evaluated = {}
         if self._evaluator.is_due(done, self.rounds):
-            evaluated = self._evaluator.run(self._load_submodel)
+            evaluated = self._evaluator.run(self._global.load_measured)
         record = tally.record(
             done,
             last=self.history[-1] if self.history else None,
@@ -325,40 +299,21 @@ class FederatedLoop:
             callbacks = {method.state_key: method.state_dict() for method in self._methods}
             self.folder.save({"round": done, "callbacks": callbacks, **self._federation.state_dict()})
 
-    def _load_global(self, capacity: float | None = None) -> None:
-        """Write the global model, or its submodel of a capacity, into the user's module as forward uses it."""
-        self._federation.state.load_into(self._model)
-        for method in self._methods:
-            method.to_effective_(dict(self._model.named_parameters()), capacity)
-
-    def _load_submodel(self, capacity: float | None) -> None:
-        """The same with statistics of its own, where those are measured: a submodel's are not the whole model's."""
-        self._load_global(capacity)
-        if capacity is not None and self.buffers == "recalibrate" and self._cohort:
-            self._recalibrate()
-
-    def _recalibrate(self) -> None:
-        clients = [self._data.client(client_id) for client_id in self._cohort]
-        recalibrate(self._model, clients, self.trainer, seed=derive_seed(self.seed, "statistics", *self._cohort))
-
     # -- a run's beginning -----------------------------------------------------------------------------------------
 
     def _start(self, model: pl.LightningModule, data: FederatedDataModule) -> None:
-        require_lightning(model, pl.LightningModule, "the model")
-        if not isinstance(data, FederatedDataModule):
-            raise TypeError(
-                f"expected a FederatedDataModule, got {type(data).__name__}: wrap it, for example "
-                "FederatedDataModule(datamodule, IidPartition(num_clients=10))"
-            )
+        require_model_and_data(model, data)
         model.configure_model()
         data.start_round(Progress(0, self.rounds))
         self.history = []
-        self._model = model
         self._data = data
         self._methods = [callback for callback in self.callbacks if isinstance(callback, SparsityCallback)]
-        self._cohort = ()
         state = replace(ServerState.of(model), capacities=data.capacities)
         self._federation = Federation(state, ServerOptimizer(self._server_optimizer), Broadcaster(self.wire))
+        measured = self.buffers == "recalibrate"
+        self._global = GlobalModel(
+            model, self._federation, self._methods, data, self.trainer, measured=measured, seed=self.seed
+        )
         self._sample(0)  # a cohort larger than the population is an error now, not after the first evaluation
         self._evaluator = Evaluator(model, data, self.evaluation, self.trainer)
         self.wire.check(self._methods, data.client_ids)
@@ -371,9 +326,7 @@ class FederatedLoop:
             local_buffers=self.buffers == "local",
             fresh_trainer=self.fresh_trainer,
         )
-        for position, method in enumerate(self._methods):
-            seed = derive_seed(self.seed, "method", position)
-            self._federation.state = method.on_server_start(model, self._federation.state, seed)
+        self._federation.start(model, self._methods, self.seed)
 
     def _restore(self, ckpt_path: str | Path | None) -> int:
         """Rounds done so far."""
@@ -381,14 +334,10 @@ class FederatedLoop:
             self.folder.start()
             return 0
         content, self.history = self.folder.resume(ckpt_path)
-        if content["round"] > self.rounds:
-            raise ValueError(
-                f"expected at least {content['round']} rounds, as many as the checkpoint has done, got {self.rounds}"
-            )
-        self._federation.load_state_dict(content)
-        self._worker.hold(self._federation.broadcaster.versions)
-        for method in self._methods:
-            method.on_server_resume(self._federation.state)
         done: int = content["round"]
+        if done > self.rounds:
+            raise ValueError(f"expected at least {done} rounds, as many as the checkpoint has done, got {self.rounds}")
+        self._federation.resume(content, self._methods)
+        self._worker.hold(self._federation.broadcaster.versions)
         self._data.start_round(Progress(done, self.rounds))
         return done

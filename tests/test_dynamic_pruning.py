@@ -113,9 +113,9 @@ def test_weights_that_nobody_holds_keep_their_bits() -> None:
 def test_submodels_are_evaluated_at_their_size() -> None:
     loop, model, _ = federate()
     whole = {name: model.get_parameter(name).detach().clone() for name in PRUNED}
-    loop._load_global(0.1)
+    loop.load_submodel(model, 0.1)
     assert sum(int(model.get_parameter(name).count_nonzero()) for name in PRUNED) == round(0.1 * SIZE)
-    loop._load_global(0.9)
+    loop.load_submodel(model, 0.9)
     assert all(torch.equal(model.get_parameter(name), whole[name]) for name in PRUNED)
 
 

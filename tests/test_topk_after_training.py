@@ -248,7 +248,7 @@ def test_clients_of_different_size() -> None:
             assert alive == sum(int(mask.sum()) for mask in received.supports[index - 1].values())
         else:
             assert alive == small
-    loop._load_global(0.05)
+    loop.load_submodel(model, 0.05)
     assert sum(int(model.get_parameter(name).count_nonzero()) for name in PRUNED) == small
 
 

@@ -1,0 +1,80 @@
+"""The user's module as the federation's global model: what is evaluated between rounds and returned at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+
+from lightning_fedsparse.callbacks.base import SparsityCallback
+from lightning_fedsparse.data import FederatedDataModule
+from lightning_fedsparse.evaluation import recalibrate
+from lightning_fedsparse.federation import Federation
+from lightning_fedsparse.seeding import derive_seed
+from lightning_fedsparse.server import ServerState
+
+__all__ = ["GlobalModel"]
+
+
+class GlobalModel:
+    """Writes the server's state into the user's module, as forward uses it.
+
+    Args:
+        module: The user's.
+        federation: Whose state it is.
+        methods: In the order in which they turn stored weights into effective ones.
+        data: The clients, for statistics that are measured anew.
+        trainer: Keyword arguments of the clients' Trainer.
+        measured: Whether BatchNorm statistics are measured anew over the cohort's data after each round.
+        seed: Of the federation.
+    """
+
+    def __init__(
+        self,
+        module: pl.LightningModule,
+        federation: Federation,
+        methods: Sequence[SparsityCallback],
+        data: FederatedDataModule,
+        trainer: Mapping[str, Any],
+        *,
+        measured: bool,
+        seed: int,
+    ) -> None:
+        self._module = module
+        self._federation = federation
+        self._methods = methods
+        self._data = data
+        self._trainer = trainer
+        self._measured = measured
+        self._seed = seed
+        self._cohort: Sequence[str] = ()
+
+    def end_round(self, cohort: Sequence[str]) -> None:
+        """Take in which clients trained it last, and measure its statistics over their data where that is asked for."""
+        self._cohort = cohort
+        if self._measured:
+            self.load()
+            self._measure()
+            self._federation.state.buffers = ServerState.of(self._module).buffers
+
+    def load(self, capacity: float | None = None) -> None:
+        """Write the global model, or its submodel of a capacity, into the user's module."""
+        self.load_into(self._module, capacity)
+
+    def load_measured(self, capacity: float | None) -> None:
+        """The same with statistics of its own, where those are measured: a submodel's are not the whole model's."""
+        self.load(capacity)
+        if capacity is not None and self._measured and self._cohort:
+            self._measure()
+
+    def load_into(self, module: pl.LightningModule, capacity: float | None) -> None:
+        """Write the global model, or its submodel of a capacity, into a module of the same names."""
+        self._federation.state.load_into(module)
+        for method in self._methods:
+            method.to_effective_(dict(module.named_parameters()), capacity)
+
+    def _measure(self) -> None:
+        clients = [self._data.client(client_id) for client_id in self._cohort]
+        seed = derive_seed(self._seed, "statistics", *self._cohort)
+        recalibrate(self._module, clients, self._trainer, seed=seed)

@@ -1,0 +1,70 @@
+"""The arguments of :class:`~lightning_fedsparse.FederatedLoop`, checked and brought into the form that the loop uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+
+from lightning_fedsparse.checks import require_a, require_lightning, require_trainer_arguments
+from lightning_fedsparse.data import FederatedDataModule
+from lightning_fedsparse.evaluation import Evaluation
+from lightning_fedsparse.executors.local import Executor
+from lightning_fedsparse.wire import Wire
+
+__all__ = ["require_model_and_data", "require_parts", "trainer_arguments"]
+
+_PARTS: dict[str, tuple[type, str]] = {
+    "trainer": (Mapping, '{"max_epochs": 2}'),
+    "callbacks": (Sequence, "feddip() or [MagnitudePruning(...)]"),
+    "executor": (Executor, "ProcessExecutor(workers=2)"),
+    "evaluation": (Evaluation, 'Evaluation(split="test")'),
+    "wire": (Wire, 'Wire(uploads="int8")'),
+}
+
+
+def require_parts(**parts: object) -> None:
+    """Require each argument that is given to be of its class.
+
+    Raises:
+        TypeError: With an example of what is expected.
+    """
+    for name, given in parts.items():
+        if given is not None:
+            kind, example = _PARTS[name]
+            require_a(kind, given, name, example)
+
+
+def trainer_arguments(
+    callbacks: Sequence[pl.Callback] | None, trainer: Mapping[str, Any] | None
+) -> tuple[list[pl.Callback], dict[str, Any]]:
+    """All callbacks, plain ones of the Trainer last, and the Trainer's other arguments; one epoch if they set no end.
+
+    Raises:
+        TypeError: If a callback is none.
+        ValueError: For an argument that no Trainer has.
+    """
+    arguments = dict(trainer or {})
+    require_trainer_arguments(arguments)
+    if not arguments.keys() & {"max_epochs", "max_steps", "max_time"}:
+        arguments["max_epochs"] = 1
+    plain = arguments.pop("callbacks", None) or []
+    together = [*(callbacks or []), *(plain if isinstance(plain, Sequence) else [plain])]
+    for callback in together:
+        require_lightning(callback, pl.Callback, "a callback")
+    return together, arguments
+
+
+def require_model_and_data(model: object, data: object) -> None:
+    """Require what ``fit`` takes.
+
+    Raises:
+        TypeError: If ``model`` is no ``lightning.pytorch`` module or ``data`` is no ``FederatedDataModule``.
+    """
+    require_lightning(model, pl.LightningModule, "the model")
+    if not isinstance(data, FederatedDataModule):
+        raise TypeError(
+            f"expected a FederatedDataModule, got {type(data).__name__}: wrap it, for example "
+            "FederatedDataModule(datamodule, IidPartition(num_clients=10))"
+        )
