@@ -1,116 +1,101 @@
-"""Where a run is kept: history and checkpoints, never half-written, tensors and primitives only."""
+"""The file of a checkpoint: tensors and primitives only, never half-written, and read only if every bit is as it was written.
+
+It is what ``torch.save`` writes, so that ``torch.load`` reads it, followed by a digest of all that: ``torch.load`` does not
+verify the checksums of its own format.
+"""
 
 from __future__ import annotations
 
-import os
+import hashlib
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
-from lightning_fedsparse.records import RoundRecord, append_record, read_history, rewrite_history
+from lightning_fedsparse.durable import replace_file
 
-__all__ = ["CHECKPOINT_VERSION", "RunFolder", "load_checkpoint", "save_checkpoint"]
+__all__ = ["CHECKPOINT_VERSION", "load_checkpoint", "save_checkpoint"]
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
+
+_MARK = b"sha256:"
+_TRAILER = len(_MARK) + hashlib.sha256().digest_size
+_CHUNK = 2**20
 
 
-class RunFolder:
-    """A run's files: ``history.jsonl`` and ``checkpoints/last.ckpt``; without a path nothing is kept.
+def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a checkpoint, whole and on the disk before it takes the place of one that is there.
 
-    Args:
-        path: The folder; made when the run starts.
+    Raises:
+        OSError: If it can't be written; the checkpoint that was there is then as it was.
     """
-
-    def __init__(self, path: str | Path | None) -> None:
-        self.path = None if path is None else Path(path)
-
-    @property
-    def checkpoint(self) -> Path | None:
-        """Where the last checkpoint is, or will be."""
-        return None if self.path is None else self.path / "checkpoints" / "last.ckpt"
-
-    @property
-    def saved(self) -> Path | None:
-        """The last checkpoint, if there is one."""
-        return self.checkpoint if self.checkpoint is not None and self.checkpoint.is_file() else None
-
-    def start(self) -> None:
-        """Make the folder for a fresh run.
-
-        Raises:
-            ValueError: If there is a history already.
-        """
-        if self.path is not None:
-            if (self.path / "history.jsonl").exists():
-                raise ValueError(
-                    f"expected an empty run folder, found a history in {self.path}: resume it or take another"
-                )
-            self.path.mkdir(parents=True, exist_ok=True)
-
-    def resume(self, ckpt_path: str | Path) -> tuple[dict[str, Any], list[RoundRecord]]:
-        """Load a checkpoint and cut the history back to its round.
-
-        Args:
-            ckpt_path: A checkpoint's path, or ``"last"`` for this folder's own.
-
-        Returns:
-            The checkpoint's content and the records up to its round.
-
-        Raises:
-            ValueError: If there is no such checkpoint, or it can't be read.
-        """
-        if ckpt_path == "last":
-            if self.checkpoint is None:
-                raise ValueError("expected default_root_dir with ckpt_path='last', got None: there is no run folder")
-            ckpt_path = self.checkpoint
-        content = load_checkpoint(Path(ckpt_path))
-        records: list[RoundRecord] = []
-        if self.path is not None:
-            self.path.mkdir(parents=True, exist_ok=True)
-            history = self.path / "history.jsonl"
-            if history.exists():
-                records = [record for record in read_history(history) if record.round <= content["round"]]
-                rewrite_history(history, records)
-        return content, records
-
-    def append(self, record: RoundRecord) -> None:
-        """Append a record to the history."""
-        if self.path is not None:
-            append_record(self.path / "history.jsonl", record)
-
-    def save(self, content: dict[str, Any]) -> None:
-        """Replace the last checkpoint."""
-        if self.checkpoint is not None:
-            save_checkpoint(self.checkpoint, content)
-
-
-def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint beside ``path``, flush it to the disk and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        torch.save({"version": CHECKPOINT_VERSION, **content}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    replace_file(path, lambda file: _write(file, {"version": CHECKPOINT_VERSION, **content}))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint without unpickling anything but tensors and primitives.
 
     Raises:
-        ValueError: If the file is missing, is no checkpoint of a federation, or has another version.
+        ValueError: If the file is missing, can't be read, is not as it was written, is no checkpoint of a federation, or
+            has another version.
     """
     if not path.is_file():
         raise ValueError(f"expected a federation's checkpoint, found no file at {path}")
+    changed = f"expected a federation's checkpoint as it was written, got one that was changed or cut off since: {path}"
     try:
+        digests = _digests(path)
+        if digests is not None and digests[0] != digests[1]:
+            raise ValueError(changed)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         raise ValueError(f"expected a federation's checkpoint, got a file that can't be read: {path}") from error
-    if not isinstance(content, dict) or "version" not in content:
+    if not isinstance(content, dict) or not isinstance(content.get("version"), int):
         raise ValueError(f"expected a federation's checkpoint, got something else in {path}")
     if content["version"] != CHECKPOINT_VERSION:
-        raise ValueError(f"expected checkpoint version {CHECKPOINT_VERSION}, got {content['version']} in {path}")
+        age = "a newer" if content["version"] > CHECKPOINT_VERSION else "an older"
+        raise ValueError(
+            f"expected checkpoint version {CHECKPOINT_VERSION}, got {content['version']} in {path}, which {age} "
+            "lightning-fedsparse wrote"
+        )
+    if digests is None:
+        raise ValueError(changed)
     return content
+
+
+class _Digesting:
+    """Writes into a file and digests what is written."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.digest.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _write(file: IO[bytes], content: dict[str, Any]) -> None:
+    digesting = _Digesting(file)
+    try:
+        torch.save(content, digesting)  # type: ignore[arg-type]  # all that it needs of a file
+    except RuntimeError as error:
+        # the archive's end fails after what it could not write, and hides that
+        raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+    file.write(_MARK + digesting.digest.digest())
+
+
+def _digests(path: Path) -> tuple[bytes, bytes] | None:
+    """The digest of a file's content and the one that stands at its end; None where none does, as in other files."""
+    digest = hashlib.sha256()
+    left = path.stat().st_size - _TRAILER
+    with path.open("rb") as file:
+        while left > 0 and (chunk := file.read(min(left, _CHUNK))):
+            digest.update(chunk)
+            left -= len(chunk)
+        trailer = file.read()
+    return (digest.digest(), trailer.removeprefix(_MARK)) if trailer.startswith(_MARK) else None

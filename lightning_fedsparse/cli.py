@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_fedsparse.recipe import (
-    RESOLVED_NAME,
+    RECIPE_NAME,
     Recipe,
     RecipeError,
     describe,
@@ -29,10 +29,11 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _SAVED = {
-    RESOLVED_NAME: "every argument of this run",
+    RECIPE_NAME: "every argument of this run",
     "history.jsonl": "one line per round",
     "logs": "metrics per step",
     "checkpoints/last.ckpt": "the last checkpoint",
+    "checkpoints/round=*.ckpt": "those of the best rounds",
 }
 
 
@@ -98,30 +99,19 @@ def _run(options: argparse.Namespace) -> int:
 
     folder = fresh_folder(recipe)
     run = make_run(recipe, folder)
-    run.save_recipe()
     _fit(run, resume=False)
     return 0
 
 
 def _resume(options: argparse.Namespace) -> int:
-    path = options.folder / RESOLVED_NAME
+    path = options.folder / RECIPE_NAME
     if not path.is_file():
-        raise RecipeError(f"expected a run folder with a {RESOLVED_NAME}, found none in {options.folder}")
+        raise RecipeError(f"expected a run folder with a {RECIPE_NAME}, found none in {options.folder}")
     recipe = _read(path, options.overrides)
 
     from lightning_fedsparse.runs import make_run
 
-    run = make_run(recipe, options.folder)
-    if not run.checkpoint.is_file():
-        raise RecipeError(f"expected a checkpoint to go on from, found none at {run.checkpoint}")
-    text, saved = path.read_text(encoding="utf-8"), run.checkpoint.stat().st_mtime_ns
-    run.save_recipe()  # before the first round: whatever ends the run, its folder says how it went on
-    try:
-        _fit(run, resume=True)
-    finally:
-        if run.checkpoint.stat().st_mtime_ns == saved:
-            # it turned the overrides down, or had nothing to do
-            path.write_text(text, encoding="utf-8")
+    _fit(make_run(recipe, options.folder), resume=True)
     return 0
 
 
@@ -164,7 +154,7 @@ def _fit(run: Run, *, resume: bool) -> None:
     print(f"\nsaved in {run.folder}")
     width = max(map(len, _SAVED))
     for name, what in _SAVED.items():
-        if (run.folder / name).exists():
+        if any(run.folder.glob(name)):
             print(f"  {name:<{width}}  {what}")
     print("\nnext")
     print(f"  fedsparse resume {run.folder} {_more(run)}")

@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from lightning_fedsparse.callbacks.base import SparsityCallback
 from lightning_fedsparse.data import FederatedDataModule
 from lightning_fedsparse.evaluation import recalibrate
 from lightning_fedsparse.federation import Federation
@@ -22,8 +21,7 @@ class GlobalModel:
 
     Args:
         module: The user's.
-        federation: Whose state it is.
-        methods: In the order in which they turn stored weights into effective ones.
+        federation: Whose state it is, and whose methods make effective weights of it.
         data: The clients, for statistics that are measured anew.
         trainer: Keyword arguments of the clients' Trainer.
         measured: Whether BatchNorm statistics are measured anew over the cohort's data after each round.
@@ -34,7 +32,6 @@ class GlobalModel:
         self,
         module: pl.LightningModule,
         federation: Federation,
-        methods: Sequence[SparsityCallback],
         data: FederatedDataModule,
         trainer: Mapping[str, Any],
         *,
@@ -43,7 +40,6 @@ class GlobalModel:
     ) -> None:
         self._module = module
         self._federation = federation
-        self._methods = methods
         self._data = data
         self._trainer = trainer
         self._measured = measured
@@ -71,7 +67,7 @@ class GlobalModel:
     def load_into(self, module: pl.LightningModule, capacity: float | None) -> None:
         """Write the global model, or its submodel of a capacity, into a module of the same names."""
         self._federation.state.load_into(module)
-        for method in self._methods:
+        for method in self._federation.methods:
             method.to_effective_(dict(module.named_parameters()), capacity)
 
     def _measure(self) -> None:

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
@@ -33,7 +32,7 @@ from lightning_fedsparse.aggregation import Aggregator, MaskedMean, WeightedMean
 from lightning_fedsparse.broadcasting import Broadcaster
 from lightning_fedsparse.callbacks.base import CallbackList, SparsityCallback
 from lightning_fedsparse.capacities import require_capacity
-from lightning_fedsparse.checkpoint import RunFolder
+from lightning_fedsparse.checkpointing import Checkpointing
 from lightning_fedsparse.checks import require_at_least_one
 from lightning_fedsparse.client import ClientJob, ClientResult, ClientWorker
 from lightning_fedsparse.console import Console
@@ -45,12 +44,15 @@ from lightning_fedsparse.global_model import GlobalModel
 from lightning_fedsparse.loop_arguments import require_model_and_data, require_parts, trainer_arguments
 from lightning_fedsparse.payload import Limits, PayloadError, check_update, decode
 from lightning_fedsparse.records import RoundRecord
+from lightning_fedsparse.resuming import recipe_of, require_same_run
 from lightning_fedsparse.rounds import ServerRound, UploadRule
+from lightning_fedsparse.run_folder import RunFolder
 from lightning_fedsparse.sampling import UniformSampling
 from lightning_fedsparse.schedules import Progress
 from lightning_fedsparse.seeding import derive_seed
 from lightning_fedsparse.server import OptimizerFactory, ServerOptimizer, ServerState
 from lightning_fedsparse.tally import RoundTally
+from lightning_fedsparse.threads import torch_threads
 from lightning_fedsparse.update import SparseUpdate
 from lightning_fedsparse.wire import Wire
 
@@ -81,12 +83,13 @@ class FederatedLoop:
         fresh_trainer: Build a new Trainer for every client round, for callbacks that change the Trainer for good; the
             result is the same, each client round takes about 3 ms longer.
         threads: Torch threads of the run; part of what makes results repeatable to the bit.
-        checkpoint_every: Rounds between checkpoints; one is written at the end in any case.
+        checkpointing: When the federation is saved and which checkpoints stay; after every round and the latest if None.
         default_root_dir: Run folder for ``history.jsonl`` and ``checkpoints/``; nothing is written if None.
         console: Show a progress bar, one row per round and a closing summary.
 
     Attributes:
         history: The records so far.
+        recipe: The resolved recipe that the loop was made from, as YAML, for its folder and its checkpoints; None without.
     """
 
     def __init__(
@@ -106,16 +109,21 @@ class FederatedLoop:
         seed: int = 0,
         fresh_trainer: bool = False,
         threads: int = 1,
-        checkpoint_every: int = 1,
+        checkpointing: Checkpointing | None = None,
         default_root_dir: str | Path | None = None,
         console: bool = True,
     ) -> None:
-        require_at_least_one(
-            rounds=rounds, clients_per_round=clients_per_round, threads=threads, checkpoint_every=checkpoint_every
-        )
+        require_at_least_one(rounds=rounds, clients_per_round=clients_per_round, threads=threads)
         if buffers not in ("average", "local", "recalibrate"):
             raise ValueError(f"expected buffers to be 'average', 'local' or 'recalibrate', got {buffers!r}")
-        require_parts(trainer=trainer, callbacks=callbacks, executor=executor, evaluation=evaluation, wire=wire)
+        require_parts(
+            trainer=trainer,
+            callbacks=callbacks,
+            executor=executor,
+            evaluation=evaluation,
+            wire=wire,
+            checkpointing=checkpointing,
+        )
         self.rounds = rounds
         self.clients_per_round = clients_per_round
         self.callbacks, self.trainer = trainer_arguments(callbacks, trainer)
@@ -129,11 +137,11 @@ class FederatedLoop:
         self.seed = seed
         self.fresh_trainer = fresh_trainer
         self.threads = threads
-        self.checkpoint_every = checkpoint_every
-        self.folder = RunFolder(default_root_dir)
+        self.folder = RunFolder(default_root_dir, checkpointing)
         self.console = Console(rounds, quiet=not console)
         self.history: list[RoundRecord] = []
-        self._server_optimizer = server_optimizer
+        self.recipe: str | None = None
+        self.server_optimizer = server_optimizer
 
     def fit(
         self,
@@ -153,30 +161,32 @@ class FederatedLoop:
 
         Raises:
             TypeError: If ``model`` is no ``lightning.pytorch`` module or ``data`` is no ``FederatedDataModule``.
-            ValueError: If the cohort is larger than the population, or a method finds nothing to do.
+            ValueError: If the cohort is larger than the population, a method finds nothing to do, or the checkpoint is
+                damaged or not of this federation.
+            OSError: If the run folder can't be written; what was saved before is as it was.
+            RuntimeError: If another run is at work in the run folder.
         """
         self._start(model, data)
-        done = self._restore(ckpt_path)
-        console = self.console
-        threads = torch.get_num_threads()
-        torch.set_num_threads(self.threads)
+        with self.folder.locked(), torch_threads(self.threads):
+            self._run(self._restore(ckpt_path))
+        self.console.summary(self.history)
+        return self.history
+
+    def _run(self, done: int) -> None:
         try:
-            console.start(self.history)
+            self.console.start(self.history)
             if not self.history:
                 self._record(done, RoundTally(), {}, time.perf_counter())
             for index in range(done, self.rounds):
                 self._round(index)
         except (KeyboardInterrupt, SystemExit) as stop:
             # Lightning turns Ctrl-C inside a fit into SystemExit; the last whole round is what counts
-            console.interrupted(self.folder.saved)
+            self.console.interrupted(self.folder.saved)
             raise KeyboardInterrupt from stop
         finally:
             self.executor.stop()
-            torch.set_num_threads(threads)
-            console.stop()
+            self.console.stop()
             self._global.load()
-        console.summary(self.history)
-        return self.history
 
     @property
     def state(self) -> ServerState:
@@ -294,10 +304,9 @@ class FederatedLoop:
         for logger in self.loggers:
             logger.log_metrics(record.scalars, step=done)
         self.console.row(record)
-        if done > 0 and (done % self.checkpoint_every == 0 or done == self.rounds):
-            # under the names of a Trainer's checkpoint, so that load_folded reads both
-            callbacks = {method.state_key: method.state_dict() for method in self._methods}
-            self.folder.save({"round": done, "callbacks": callbacks, **self._federation.state_dict()})
+        self.folder.save(self.history, self.rounds, lambda: {"recipe": self._recipe, **self._federation.state_dict()})
+        if done and (evaluated or not self._evaluator.is_due(self.rounds, self.rounds)):
+            self.folder.checkpointing.require_monitor(self.history)
 
     # -- a run's beginning -----------------------------------------------------------------------------------------
 
@@ -309,11 +318,11 @@ class FederatedLoop:
         self._data = data
         self._methods = [callback for callback in self.callbacks if isinstance(callback, SparsityCallback)]
         state = replace(ServerState.of(model), capacities=data.capacities)
-        self._federation = Federation(state, ServerOptimizer(self._server_optimizer), Broadcaster(self.wire))
-        measured = self.buffers == "recalibrate"
-        self._global = GlobalModel(
-            model, self._federation, self._methods, data, self.trainer, measured=measured, seed=self.seed
+        self._federation = Federation(
+            state, ServerOptimizer(self.server_optimizer), Broadcaster(self.wire), self._methods
         )
+        measured = self.buffers == "recalibrate"
+        self._global = GlobalModel(model, self._federation, data, self.trainer, measured=measured, seed=self.seed)
         self._sample(0)  # a cohort larger than the population is an error now, not after the first evaluation
         self._evaluator = Evaluator(model, data, self.evaluation, self.trainer)
         self.wire.check(self._methods, data.client_ids)
@@ -326,18 +335,21 @@ class FederatedLoop:
             local_buffers=self.buffers == "local",
             fresh_trainer=self.fresh_trainer,
         )
-        self._federation.start(model, self._methods, self.seed)
+        self._federation.start(model, self.seed)
+        self._recipe = recipe_of(self, data)
 
     def _restore(self, ckpt_path: str | Path | None) -> int:
-        """Rounds done so far."""
+        """Rounds done so far; nothing is written before all of a checkpoint fits."""
         if ckpt_path is None:
             self.folder.start()
-            return 0
-        content, self.history = self.folder.resume(ckpt_path)
-        done: int = content["round"]
-        if done > self.rounds:
-            raise ValueError(f"expected at least {done} rounds, as many as the checkpoint has done, got {self.rounds}")
-        self._federation.resume(content, self._methods)
-        self._worker.hold(self._federation.broadcaster.versions)
-        self._data.start_round(Progress(done, self.rounds))
+        saved = None if ckpt_path is None else self.folder.load(ckpt_path)
+        done: int = saved["round"] if saved else 0
+        if saved:
+            require_same_run(saved, self._recipe, self.rounds)
+            self._federation.load_state_dict(saved)
+            self._worker.hold(self._federation.broadcaster.versions)
+            self._data.start_round(Progress(done, self.rounds))
+            self.history = self.folder.go_on(saved)
+        if self.recipe is not None and done < self.rounds:
+            self.folder.keep_recipe(self.recipe)
         return done

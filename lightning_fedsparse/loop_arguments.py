@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from lightning_fedsparse.checkpointing import Checkpointing
 from lightning_fedsparse.checks import require_a, require_lightning, require_trainer_arguments
 from lightning_fedsparse.data import FederatedDataModule
 from lightning_fedsparse.evaluation import Evaluation
@@ -21,6 +22,7 @@ _PARTS: dict[str, tuple[type, str]] = {
     "executor": (Executor, "ProcessExecutor(workers=2)"),
     "evaluation": (Evaluation, 'Evaluation(split="test")'),
     "wire": (Wire, 'Wire(uploads="int8")'),
+    "checkpointing": (Checkpointing, "Checkpointing(every_n_rounds=5)"),
 }
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Recipe", "RecipeError", "describe", "find_recipe", "recipe_files", "shipped_recipes"]
 
-RESOLVED_NAME = "recipe.yaml"
+RECIPE_NAME = "recipe.yaml"
 
 
 class RecipeError(ValueError):
@@ -121,7 +121,7 @@ class Recipe:
         if config["base"] != _content(path).get("base"):
             raise RecipeError(f"expected the base of a recipe in its file, got {config['base']!r} on the command line")
         del config["config"], config["base"]
-        name = path.stem if path.name != RESOLVED_NAME else path.resolve().parent.name
+        name = path.stem if path.name != RECIPE_NAME else path.resolve().parent.name
         return cls(name, config, parser, section)
 
     @property

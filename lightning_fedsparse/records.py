@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lightning_fedsparse.accounting import ClientTraffic, Traffic
+from lightning_fedsparse.durable import append_line, replace_file
 
-__all__ = ["RoundRecord", "append_record", "read_history", "rewrite_history"]
+__all__ = ["RoundRecord", "append_record", "read_history", "rewrite_history", "whole_lines"]
 
 
 @dataclass(frozen=True)
@@ -99,21 +99,27 @@ class RoundRecord:
 
 
 def append_record(path: Path, record: RoundRecord) -> None:
-    """Append one line and make it durable before returning."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(record.to_json() + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    """Append one line and make it durable before returning.
+
+    Raises:
+        OSError: If it can't be written; the history is then as it was.
+    """
+    append_line(path, record.to_json())
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a history file; what comes after the last line's end is being written, or was when its run ended."""
+    return path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
 
 
 def read_history(path: Path) -> list[RoundRecord]:
-    """Read a history file.
+    """Read a history file, of a run that is at work too.
 
     Raises:
         ValueError: Naming the line that is no record.
     """
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(whole_lines(path), start=1):
         try:
             records.append(RoundRecord.from_json(line))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -128,10 +134,9 @@ def _traffic(row: dict[str, Any] | None) -> Traffic | None:
 
 
 def rewrite_history(path: Path, records: Iterable[RoundRecord]) -> None:
-    """Replace a history file as a whole: written beside it, flushed, renamed."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(record.to_json() + "\n" for record in records)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Replace a history file as a whole.
+
+    Raises:
+        OSError: If it can't be written; the history is then as it was.
+    """
+    replace_file(path, lambda file: file.writelines(f"{record.to_json()}\n".encode() for record in records))

@@ -14,9 +14,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_fedsparse.durable import TEMPORARY
+from lightning_fedsparse.locking import LOCK_NAME, locked
 from lightning_fedsparse.loop import FederatedLoop
 from lightning_fedsparse.quiet import quiet_lightning
-from lightning_fedsparse.recipe import RESOLVED_NAME, Recipe, RecipeError
+from lightning_fedsparse.recipe import RECIPE_NAME, Recipe, RecipeError
+from lightning_fedsparse.run_folder import RunFolder
 
 __all__ = ["FederatedRun", "PlainRun", "Run", "fresh_folder", "make_run"]
 
@@ -33,11 +36,6 @@ class Run(ABC):
         self.recipe = recipe
         self.folder = folder
 
-    def save_recipe(self) -> None:
-        """Write the resolved recipe into the run folder."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / RESOLVED_NAME).write_text(self.recipe.resolved, encoding="utf-8")
-
     @property
     def checkpoint(self) -> Path:
         """Where the run's last checkpoint is, once there is one."""
@@ -45,7 +43,7 @@ class Run(ABC):
 
     @abstractmethod
     def fit(self, *, resume: bool) -> dict[str, float]:
-        """Train, from the start or from the last checkpoint.
+        """Train, from the start or from the last checkpoint, and write the resolved recipe as soon as that is known to fit.
 
         Returns:
             What is left to report: metrics that were not shown on the way.
@@ -66,6 +64,7 @@ class FederatedRun(Run):
             self.loop = FederatedLoop(**{**built["loop"], "default_root_dir": folder})
         except (ValueError, TypeError) as error:
             raise RecipeError(str(error)) from error
+        self.loop.recipe = recipe.resolved
 
     def fit(self, *, resume: bool) -> dict[str, float]:
         """See :meth:`Run.fit`."""
@@ -85,9 +84,10 @@ class PlainRun(Run):
 
     def fit(self, *, resume: bool) -> dict[str, float]:
         """See :meth:`Run.fit`; also tests, where there is a test set."""
-        with quiet_lightning():
+        last = self.checkpoint if resume and self.checkpoint.is_file() else None
+        with locked(self.folder), quiet_lightning():
             try:
-                self.trainer.fit(self._model, datamodule=self._data, ckpt_path=self.checkpoint if resume else None)
+                self.trainer.fit(self._model, datamodule=self._data, ckpt_path=last)
             except SystemExit as stop:
                 # what Lightning makes of Ctrl-C
                 raise KeyboardInterrupt from stop
@@ -109,7 +109,19 @@ class PlainRun(Run):
         if arguments.get("enable_checkpointing", True):
             last = ModelCheckpoint(self.folder / "checkpoints", save_top_k=0, save_last=True)
             arguments["callbacks"] = [*(arguments.get("callbacks") or []), last]
+        arguments["callbacks"] = [*(arguments.get("callbacks") or []), _KeepRecipe(self.folder, self.recipe.resolved)]
         return arguments
+
+
+class _KeepRecipe(pl.Callback):
+    """Writes the recipe when training starts: a checkpoint that does not fit, and a run that is finished, come before."""
+
+    def __init__(self, folder: Path, text: str) -> None:
+        self._folder = RunFolder(folder)
+        self._text = text
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._folder.keep_recipe(self._text)
 
 
 def make_run(recipe: Recipe, folder: Path) -> Run:
@@ -138,5 +150,6 @@ def fresh_folder(recipe: Recipe) -> Path:
 
 
 def _is_taken(folder: Path) -> bool:
-    # a recipe alone is what a run leaves that failed before its first record
-    return folder.is_dir() and any(path.name != RESOLVED_NAME for path in folder.iterdir())
+    # what a run leaves that failed before its first record
+    start = {RECIPE_NAME, LOCK_NAME}
+    return folder.is_dir() and any(path.name not in start and path.suffix != TEMPORARY for path in folder.iterdir())

@@ -56,6 +56,7 @@ def test_quickstart_runs_and_leaves_its_results_in_one_folder(capfd: pytest.Capt
     assert main(["run", "quickstart", *SHORT]) == 0
     out, err = capfd.readouterr()
     assert files(Path()) == [
+        "runs/quickstart/.lock",
         "runs/quickstart/checkpoints/last.ckpt",
         "runs/quickstart/history.jsonl",
         "runs/quickstart/recipe.yaml",
@@ -98,8 +99,8 @@ def test_resume_goes_on_as_if_nothing_had_happened(capsys: pytest.CaptureFixture
 def test_a_resumed_run_that_does_nothing_leaves_its_recipe_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "quickstart", *SHORT]) == 0
     before = Path("runs/quickstart/recipe.yaml").read_text()
-    assert main(["resume", "runs/quickstart", "--loop.callbacks.sparsity=0.5"]) == 0
-    assert "nothing left to do" in capsys.readouterr().out
+    assert main(["resume", "runs/quickstart", "--loop.checkpointing.every_n_rounds=2"]) == 0
+    assert "nothing left to do: 2 of 2 rounds are done" in capsys.readouterr().out
     assert main(["resume", "runs/quickstart", "--loop.rounds=1"]) == 1
     assert "expected at least 2 rounds, as many as the checkpoint has done, got 1" in capsys.readouterr().err
     assert Path("runs/quickstart/recipe.yaml").read_text() == before
@@ -108,8 +109,11 @@ def test_a_resumed_run_that_does_nothing_leaves_its_recipe_alone(capsys: pytest.
 def test_what_a_resumed_run_turns_down_does_not_stay_in_its_folder(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "quickstart", *SHORT]) == 0
     before = Path("runs/quickstart/recipe.yaml").read_text()
-    assert main(["resume", "runs/quickstart", "--model.network.num_classes=11"]) == 1
-    assert "checkpoint of this model, got another" in capsys.readouterr().err
+    assert main(["resume", "runs/quickstart", "--model.network.num_classes=11", "--loop.callbacks.sparsity=0.5"]) == 1
+    assert capsys.readouterr().err.startswith(
+        "error: expected the recipe that the checkpoint was made with, got another: "
+        "model.init_args.network.init_args.num_classes: 10 -> 11, loop.callbacks.init_args.sparsity: 0.9 -> 0.5; "
+    )
     assert Path("runs/quickstart/recipe.yaml").read_text() == before
 
 
@@ -131,7 +135,8 @@ def test_a_run_that_failed_at_once_leaves_its_name_free(capsys: pytest.CaptureFi
 def test_a_recipe_without_federation_runs_and_resumes(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["run", "pruning-only", "--trainer.max_epochs=1", "--trainer.limit_train_batches=4"]) == 0
     out, err = capfd.readouterr()
-    assert files(Path("runs/pruning-only")) == ["checkpoints/last.ckpt", "logs/version_0/metrics.csv", "recipe.yaml"]
+    kept = [".lock", "checkpoints/last.ckpt", "logs/version_0/metrics.csv", "recipe.yaml"]
+    assert files(Path("runs/pruning-only")) == kept
     assert not [word for word in LIGHTNING_WORDS if word in out + err]
     for words in ("test_accuracy", "sparsity", "saved in runs/pruning-only", "--trainer.max_epochs=2"):
         assert words in out
@@ -214,11 +219,15 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     assert files(Path()) == []
 
 
-def test_a_run_without_a_checkpoint_cannot_be_resumed(capsys: pytest.CaptureFixture[str]) -> None:
-    Path("empty").mkdir()
-    Path("empty/recipe.yaml").write_text(shipped_recipes()["quickstart"].read_text())
-    assert main(["resume", "empty"]) == 2
-    assert "expected a checkpoint to go on from, found none at empty" in capsys.readouterr().err
+def test_a_run_that_ended_before_its_first_checkpoint_starts_anew() -> None:
+    assert main(["run", "quickstart", *SHORT]) == 0
+    folder = Path("runs/quickstart")
+    whole = history(folder)
+    (folder / "checkpoints/last.ckpt").unlink()
+    rows = (folder / "history.jsonl").read_text().splitlines()
+    (folder / "history.jsonl").write_text(rows[0] + "\n" + rows[1][:100])
+    assert main(["resume", "runs/quickstart"]) == 0
+    assert history(folder) == whole
 
 
 def test_an_error_that_is_not_a_sentence_of_ours_keeps_its_traceback() -> None:
@@ -263,7 +272,14 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_ends_cleanly_with_what_was_done() -> None:
-    command = [sys.executable, "-m", "lightning_fedsparse.cli", "run", "quickstart", "--loop.checkpoint_every=1"]
+    command = [
+        sys.executable,
+        "-m",
+        "lightning_fedsparse.cli",
+        "run",
+        "quickstart",
+        "--loop.checkpointing.every_n_rounds=1",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True

@@ -121,24 +121,26 @@ def test_submodels_are_evaluated_at_their_size() -> None:
 
 def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path: Any) -> None:
     class Stop(SparsityCallback):
+        at: int | None = None
+
         def on_server_round_end(self, state: ServerState, server_round: Any) -> ServerState:
-            if server_round.index == 3:
+            if server_round.index == self.at:
                 raise RuntimeError("power cut")
             return state
 
-    def run(*also: SparsityCallback, folder: str, ckpt_path: str | None = None) -> Any:
+    def run(*, folder: str, ckpt_path: str | None = None, at: int | None = None) -> Any:
         torch.manual_seed(0)
         model = Net()
         method = feddip(sparsity=0.7, initial_sparsity=0.5, reconfigure_every=2, residual="keep")
-        loop = FederatedLoop(
-            6, 3, [*method, *also], evaluation=QUIET, console=False, default_root_dir=tmp_path / folder
-        )
+        stop = Stop()
+        stop.at = at
+        loop = FederatedLoop(6, 3, [*method, stop], evaluation=QUIET, console=False, default_root_dir=tmp_path / folder)
         loop.fit(model, loaders(clients(), CAPACITIES), ckpt_path=ckpt_path)
         return loop, model
 
     whole, expected = run(folder="whole")
     with pytest.raises(RuntimeError, match="power cut"):
-        run(Stop(), folder="cut")
+        run(folder="cut", at=3)
     resumed, model = run(folder="cut", ckpt_path="last")
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in expected.state_dict().items())
     assert [row.bytes_up for row in resumed.history] == [row.bytes_up for row in whole.history]

@@ -19,6 +19,7 @@ from lightning_fedsparse import FederatedDataModule, FederatedLoop
 from lightning_fedsparse.aggregation import MaskedMean
 from lightning_fedsparse.callbacks import DynamicSparseTraining, ErrorFeedback
 from lightning_fedsparse.callbacks.dynamic_sparse_training import moved_mask
+from lightning_fedsparse.checkpointing import Checkpointing
 from lightning_fedsparse.distributions import erk_sparsities
 from lightning_fedsparse.quiet import QUIET_TRAINER, quiet_lightning
 from lightning_fedsparse.sampling import UniformSampling
@@ -263,7 +264,7 @@ def test_sparsity_is_exact_in_every_round_and_positions_travel_when_masks_move()
 
 def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path: Any) -> None:
     _, expected = run(5, {"end": 0.5, "every": 2}, default_root_dir=tmp_path / "whole")
-    run(5, {"end": 0.5, "every": 2}, default_root_dir=tmp_path / "cut", checkpoint_every=2)
+    run(5, {"end": 0.5, "every": 2}, default_root_dir=tmp_path / "cut", checkpointing=Checkpointing(every_n_rounds=2))
     _, model = run(5, {"end": 0.5, "every": 2}, {"ckpt_path": "last"}, default_root_dir=tmp_path / "cut")
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), expected.parameters(), strict=True))
 

@@ -40,6 +40,7 @@ from lightning_fedsparse.callbacks import (
     zerofl,
 )
 from lightning_fedsparse.capacities import CapacityShares
+from lightning_fedsparse.checkpointing import Checkpointing
 from lightning_fedsparse.datasets import FashionMNISTDataModule, MNISTWritersDataModule
 from lightning_fedsparse.evaluation import Evaluation
 from lightning_fedsparse.models import FedAvgCNN, ImageClassifier, LeNet5
@@ -165,7 +166,7 @@ def run(cell: Cell) -> None:
         {"max_steps": LOCAL_STEPS, "max_epochs": -1},
         evaluation=Evaluation(split, every=EVERY, capacities=CAPACITIES[1:] if cell.method in UNEQUAL else ()),
         seed=cell.seed,
-        checkpoint_every=10,
+        checkpointing=Checkpointing(every_n_rounds=10),
         default_root_dir=folder,
         console=False,
     )
