@@ -49,11 +49,13 @@ def append_line(path: Path, line: str) -> None:
     """
     with writing(path):
         new = not path.exists()
-        with path.open("ab") as file:
+        # without a buffer, which would try to write the rest again when the file is closed
+        with path.open("ab", buffering=0) as file:
             size = file.tell()
+            left = memoryview(f"{line}\n".encode())
             try:
-                file.write(f"{line}\n".encode())
-                file.flush()
+                while left:
+                    left = left[file.write(left) :]
             except OSError:
                 file.truncate(size)
                 raise
