@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
+from threading import Thread
 from typing import Any
 
 import torch
@@ -268,6 +269,7 @@ class _Process:
 def _serve(connection: Connection, threads: int, core: int | None) -> None:
     """A worker process: takes the worker, then jobs until the other side is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that runs the rounds
+    Thread(target=_end_with_parent, daemon=True).start()
     if core is not None:
         os.sched_setaffinity(0, {core})
     torch.set_num_threads(threads)
@@ -288,6 +290,14 @@ def _serve(connection: Connection, threads: int, core: int | None) -> None:
         except BaseException as error:  # noqa: BLE001  # whatever it is, it is for the other side
             said = _sendable(error)
         connection.send_bytes(pickle.dumps(said))
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it is gone, also in the middle of a client's round."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _sendable(error: BaseException) -> Any:
