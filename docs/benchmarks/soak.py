@@ -137,7 +137,7 @@ def kill(arguments: argparse.Namespace) -> bool:
             counts[name][2] += not different
             print(f"{name}: {counts[name][0]} kills, {counts[name][1]} endings", *different, sep="\n  ", flush=True)
     left = set(SHARED.glob("torch_*")) - segments
-    rows = [(name, *map(str, counts[name])) if name in counts else (name, "not run") for name in RECIPES]
+    rows = [(name, *map(str, counts[name])) if counts.get(name, [0])[0] else (name, "not run") for name in RECIPES]
     totals = [sum(column) for column in zip(*counts.values(), strict=True)]
     lines = pages.table(("recipe", "kills", "runs", "identical"), [*rows, ("together", *map(str, totals))])
     put(arguments, "kill", [*lines, "", f"Segments of shared memory left behind: {len(left)}."])
