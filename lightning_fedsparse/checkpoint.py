@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch import Tensor, nn
 
 from lightning_fedsparse.durable import replace_file
 
@@ -23,6 +25,21 @@ CHECKPOINT_VERSION = 2
 _MARK = b"sha256:"
 _TRAILER = len(_MARK) + hashlib.sha256().digest_size
 _CHUNK = 2**20
+# types themselves: what derives from them, as NumPy's float64 does from float, is pickled by its class
+_LEAVES = {
+    type(None),
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    Tensor,
+    nn.Parameter,
+    torch.Size,
+    torch.dtype,
+    torch.device,
+}
 
 
 def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
@@ -30,7 +47,9 @@ def save_checkpoint(path: Path, content: Mapping[str, Any]) -> None:
 
     Raises:
         OSError: If it can't be written; the checkpoint that was there is then as it was.
+        TypeError: If :func:`load_checkpoint` could not read it, naming what is no tensor or plain value.
     """
+    _require_loadable(content, "")
     replace_file(path, lambda file: _write(file, {"version": CHECKPOINT_VERSION, **content}))
 
 
@@ -62,6 +81,21 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if digests is None:
         raise ValueError(changed)
     return content
+
+
+def _require_loadable(value: Any, where: str) -> None:
+    kind = type(value)
+    if kind in (dict, OrderedDict):
+        for key, part in value.items():
+            _require_loadable(key, f"{where}, key")
+            _require_loadable(part, f"{where}.{key}".lstrip("."))
+    elif kind in (list, tuple, set):
+        for place, part in enumerate(value):
+            _require_loadable(part, f"{where}.{place}")
+    elif kind not in _LEAVES:
+        raise TypeError(
+            f"expected tensors and plain values in a checkpoint, got {kind.__module__}.{kind.__qualname__} at {where}"
+        )
 
 
 class _Digesting:

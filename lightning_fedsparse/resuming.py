@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
+from functools import partial
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -35,7 +37,7 @@ _SHOWN = 3
 def recipe_of(loop: FederatedLoop, data: FederatedDataModule) -> dict[str, Any]:
     """What a run's result follows from, by dotted key: its recipe.
 
-    Without one, the loop's arguments; of callbacks and other objects that are no plain values, their classes.
+    Without one, the loop's arguments; of callbacks and other objects, their classes and the arguments that they keep.
     """
     if loop.recipe is not None:
         return flat(yaml.safe_load(loop.recipe))
@@ -76,25 +78,56 @@ def require_same_model(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -
 
 
 def flat(value: Any, key: str = "") -> dict[str, Any]:
-    """Nested mappings, sequences and dataclasses as dotted keys and primitives; of any other object its class's name.
+    """Nested mappings and sequences as dotted keys and primitives; of an object its class, and its constructor's arguments.
 
     Example:
         >>> flat({"loop": {"rounds": 3, "callbacks": [{"sparsity": 0.9}]}})
         {'loop.rounds': 3, 'loop.callbacks.0.sparsity': 0.9}
     """
+    own: dict[str, Any] = {}
     items: Sequence[tuple[Any, Any]]
     if isinstance(value, Mapping):
         items = list(value.items())
     elif isinstance(value, list | tuple):
         items = list(enumerate(value))
-    elif is_dataclass(value) and not isinstance(value, type):
-        items = [(field.name, getattr(value, field.name)) for field in fields(value)]
     elif value is None or isinstance(value, bool | int | float | str):
-        return {key: value}
+        return {key: _as_primitive(value)}
     else:
         kind = value if hasattr(value, "__qualname__") else type(value)
-        return {key: f"{kind.__module__}.{kind.__qualname__}"}
-    return {name: leaf for part, inner in items for name, leaf in flat(inner, f"{key}.{part}".lstrip(".")).items()}
+        own = {key: f"{kind.__module__}.{kind.__qualname__}"}
+        items = _kept_arguments(value)
+    return own | {
+        name: leaf for part, inner in items for name, leaf in flat(inner, f"{key}.{part}".lstrip(".")).items()
+    }
+
+
+def _as_primitive(value: bool | float | str | None) -> bool | float | str | None:
+    """The value without a class of its own, such as an enumeration's or NumPy's: a checkpoint does not load those."""
+    return next((kind(value) for kind in (bool, int, float, str) if isinstance(value, kind)), None)
+
+
+def _kept_arguments(value: Any) -> list[tuple[str, Any]]:
+    """Arguments of an object's constructor that it keeps under their names and that are plain values or dataclasses."""
+    if isinstance(value, partial):
+        return [
+            ("function", value.func),
+            *((str(place), given) for place, given in enumerate(value.args)),
+            *value.keywords.items(),
+        ]
+    try:
+        names = signature(type(value)).parameters
+    except (TypeError, ValueError):  # of a class without a readable signature, as some of other languages
+        return []
+    kept = getattr(value, "__dict__", {})
+    return [(name, kept[name]) for name in names if name in kept and _is_plain(kept[name])]
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str) or is_dataclass(value)
 
 
 def _require_same_recipe(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:

@@ -217,10 +217,10 @@ def test_an_upload_of_another_kind_is_refused_and_a_nan_metric_does_no_harm(uplo
 
 class Stop(SparsityCallback):
     def __init__(self, at):
-        self.at = at
+        self._at = at  # not compared: another moment is no other recipe
 
     def on_server_round_end(self, state, server_round):
-        if server_round.index == self.at:
+        if server_round.index == self._at:
             raise RuntimeError("power cut")
         return state
 

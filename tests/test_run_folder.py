@@ -1,6 +1,5 @@
 """A run's folder: what is written is whole or not there, what is read is what was written, and only one run is at work."""
 
-import dataclasses
 import errno
 import json
 import os
@@ -10,8 +9,12 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from collections import OrderedDict
+from enum import Enum
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -25,8 +28,14 @@ from lightning_fedsparse.evaluation import Evaluation
 from lightning_fedsparse.locking import locked
 from lightning_fedsparse.records import read_history
 from lightning_fedsparse.resuming import flat
+from lightning_fedsparse.schedules import CubicSchedule, LinearSchedule
 from lightning_fedsparse.wire import Wire
 from tests.test_loop import Net, clients, loaders
+
+
+class Mode(str, Enum):
+    FAST = "fast"
+
 
 CONTENT = {"round": 3, "state_dict": {"weight": torch.arange(2000.0)}, "memories": {"a": {"b": [1, None, "c"]}}}
 
@@ -96,6 +105,26 @@ def test_other_files_are_no_checkpoints(content, tmp_path):
     torch.save(content, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match=r"got something else in .*other\.ckpt"):
         load_checkpoint(tmp_path / "other.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [(np.float64(0.5), "numpy.float64"), (Mode.FAST, "Mode"), (Path("x"), "Path"), ({1: Net}, "type")],
+)
+def test_what_could_not_be_loaded_is_not_saved(value, kind, tmp_path):
+    path = tmp_path / "last.ckpt"
+    save_checkpoint(path, CONTENT)
+    with pytest.raises(TypeError, match=rf"plain values in a checkpoint, got \S*{kind} at memories\.c0\.0"):
+        save_checkpoint(path, {"memories": {"c0": (value,)}})
+    assert load_checkpoint(path)["round"] == CONTENT["round"]
+    assert names(tmp_path) == ["last.ckpt"]
+
+
+def test_what_is_saved_can_be_loaded(tmp_path):
+    plain = [None, True, 1, 0.5, 1j, "s", b"b", (1,), {2}, OrderedDict(a=1), torch.Size([1]), torch.float16]
+    content = {"plain": plain, "tensors": [torch.ones(2), nn.Parameter(torch.ones(2))]}
+    save_checkpoint(tmp_path / "last.ckpt", content)
+    assert load_checkpoint(tmp_path / "last.ckpt")["plain"] == plain
 
 
 def test_what_cannot_be_written_leaves_what_was_there(tmp_path):
@@ -266,14 +295,43 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
     assert all(torch.equal(same.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_flat_names_values_and_classes():
-    assert flat({"a": [1, {"b": None}], "c": Wire(), "d": Net, "e": Net()}) == {
+class Counting:
+    def __init__(self, every, where, quiet=False):
+        self.every = every
+        self.where = Path(where)  # no plain value
+        self.count = 0  # no argument
+        self._quiet = quiet
+
+
+def test_flat_names_values_classes_and_the_arguments_that_objects_keep():
+    optimizer = partial(torch.optim.SGD, lr=0.5)
+    assert flat({"a": [1, {"b": None}], "c": Counting(3, "x"), "d": Net, "e": optimizer, "f": len}) == {
         "a.0": 1,
         "a.1.b": None,
-        **{f"c.{name}": value for name, value in flat(dataclasses.asdict(Wire())).items()},
+        "c": "tests.test_run_folder.Counting",
+        "c.every": 3,
         "d": "tests.test_loop.Net",
-        "e": "tests.test_loop.Net",
+        "e": "functools.partial",
+        "e.function": "torch.optim.sgd.SGD",
+        "e.lr": 0.5,
+        "f": "builtins.len",
     }
+    leaves = flat({"a": np.float64(0.5), "b": Mode.FAST, "c": True, "d": 1})
+    assert [type(leaf) for leaf in leaves.values()] == [float, str, bool, int]
+    schedules = CubicSchedule(0.0, 0.9), LinearSchedule(0.0, 0.9)
+    assert [flat(schedule, "s") for schedule in schedules] == [
+        {"s": f"lightning_fedsparse.schedules.{name}", "s.initial": 0.0, "s.final": 0.9}
+        for name in ("CubicSchedule", "LinearSchedule")
+    ]
+
+
+def test_methods_are_compared_by_their_arguments(tmp_path):
+    fit(tmp_path, 2, feddip(sparsity=0.8))
+    before = snapshot(tmp_path)
+    with pytest.raises(ValueError, match=r"another: arguments.callbacks.0.schedule.final: 0.8 -> 0.5;"):
+        fit(tmp_path, 3, feddip(sparsity=0.5), ckpt_path="last")
+    assert snapshot(tmp_path) == before
+    fit(tmp_path, 3, feddip(sparsity=0.8), ckpt_path="last")
 
 
 # -- the best ----------------------------------------------------------------------------------------------------------
