@@ -4,6 +4,9 @@ The server keeps the last few mask versions, for as many kinds of clients as the
 per client. A client that holds the masks in force gets values only; one that holds an older version that the server
 still has gets positions coded against it; any other gets full positions. Clients in the same situation get the same
 bytes, encoded once.
+
+What a client was sent it holds as soon as it is sent; where nothing readable comes back nobody knows whether it arrived, and
+:meth:`Broadcaster.forget` makes the client one that holds nothing.
 """
 
 from __future__ import annotations
@@ -102,6 +105,10 @@ class Broadcaster:
         while len(self._versions) > self.kept_versions:
             self._versions.popitem(last=False)
         return self._encoded[key][1]
+
+    def forget(self, client_id: str) -> None:
+        """Take it that nothing is known of a client any more: it gets full positions next time."""
+        self._held.pop(client_id, None)
 
     def support(self, client_id: str) -> MaskSet:
         """The masks that a client of this round was sent."""

@@ -6,11 +6,13 @@ nothing of the server: masks arrive with the broadcast only.
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,11 +23,11 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_fedsparse.callbacks.base import SparsityCallback
-from lightning_fedsparse.clients import Client
 from lightning_fedsparse.data import FederatedDataModule
+from lightning_fedsparse.failures import LossNotFiniteError, NoStepError
 from lightning_fedsparse.payload import decode
 from lightning_fedsparse.quiet import quiet_lightning
-from lightning_fedsparse.resident import ResidentTrainer
+from lightning_fedsparse.resident import ResidentTrainer, restored_on_error
 from lightning_fedsparse.rounds import ClientRound
 from lightning_fedsparse.schedules import Progress
 from lightning_fedsparse.schema import Schema
@@ -54,6 +56,7 @@ class ClientJob:
         reference_id: Id of the masks that the broadcast leans on, if it leans on any.
         memory: What the client's callbacks remember, by their state key.
         kept_versions: How many mask versions to hold from now on.
+        deadline: Seconds after which the round has no use for it any more; None if it waits.
     """
 
     client_id: str
@@ -64,6 +67,7 @@ class ClientJob:
     reference_id: str | None
     memory: Mapping[str, Any] = field(default_factory=dict)
     kept_versions: int = KEPT_MASK_VERSIONS
+    deadline: float | None = None
 
 
 @dataclass(frozen=True)
@@ -75,12 +79,14 @@ class ClientResult:
         payload: Encoded upload.
         memory: What the client's callbacks remember until its next round, by their state key.
         seconds: Wall time of the client's round.
+        index: The round, from 0.
     """
 
     client_id: str
     payload: bytes
     memory: Mapping[str, Any]
     seconds: float
+    index: int
 
 
 class ClientWorker:
@@ -159,10 +165,11 @@ class ClientWorker:
         return broadcast
 
     def train(self, job: ClientJob, broadcast: SparseUpdate) -> ClientResult:
-        """Train a client on what it received.
+        """Train a client on what it received; whatever that raises, the worker is ready for the next client.
 
         Raises:
-            RuntimeError: If the fit took no optimizer step or its loss is not finite.
+            NoStepError: If the fit took no optimizer step.
+            LossNotFiniteError: If its loss is not finite.
         """
         started = time.perf_counter()
         masks = _masks_of(broadcast)
@@ -171,13 +178,16 @@ class ClientWorker:
         self.data.start_round(Progress(job.index, job.total))
         client = self.data.client(job.client_id)
         client_round = ClientRound(job.index, job.total, job.client_id, job.seed, masks, client.capacity)
-        with isolate_rng(), quiet_lightning():
-            _seed_generators(job.seed)
+        with (
+            _own_generators(job.seed),
+            quiet_lightning(),
+            self._cleared(f"client {job.client_id!r} in round {job.index + 1}"),
+        ):
             trainer = self._trainers.next()
             callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
             methods = [callback for callback in callbacks if isinstance(callback, SparsityCallback)]
             self._start_round(trainer, methods, client_round, job.memory)
-            self._fit(trainer, client, f"client {job.client_id!r} in round {job.index + 1}")
+            trainer.fit(self.module, train_dataloaders=client.train_loader(), val_dataloaders=client.val_loader())
             loss = next(probe for probe in callbacks if isinstance(probe, _Probe)).mean_loss(trainer, job)
             update = self._make_update(job, masks, client.num_examples, loss)
             for method in methods:
@@ -190,11 +200,14 @@ class ClientWorker:
         memory = {method.state_key: state for method in methods if (state := method.client_state_dict())}
         if self._local_buffers:
             memory[_BUFFERS] = {name: tensor.clone() for name, tensor in self._buffers().items()}
-        return ClientResult(job.client_id, payload, memory, time.perf_counter() - started)
+        return ClientResult(job.client_id, payload, memory, time.perf_counter() - started, job.index)
 
-    def _fit(self, trainer: pl.Trainer, client: Client, where: str) -> None:
+    @contextmanager
+    def _cleared(self, where: str) -> Iterator[None]:
+        """Leave nothing behind of a fit that was cut off, and name the client in what is raised."""
         try:
-            trainer.fit(self.module, train_dataloaders=client.train_loader(), val_dataloaders=client.val_loader())
+            with restored_on_error(self.module):
+                yield
         except BaseException as error:
             self._trainers.drop()
             if sys.version_info >= (3, 11):  # the traceback then names the client
@@ -218,7 +231,8 @@ class ClientWorker:
         for method in methods:
             method.client_round = client_round
             if method.state_key in memory:
-                method.load_client_state_dict(memory[method.state_key])
+                # a copy: if the round fails, the client remembers what it did before
+                method.load_client_state_dict(copy.deepcopy(memory[method.state_key]))
         for method in methods:
             method.on_client_round_start(trainer, self.module, client_round)
 
@@ -268,7 +282,7 @@ class _Probe(pl.Callback):
     def mean_loss(self, trainer: pl.Trainer, job: ClientJob) -> float | None:
         where = f"client {job.client_id!r} in round {job.index + 1}"
         if trainer.global_step == 0:
-            raise RuntimeError(
+            raise NoStepError(
                 f"expected at least one optimizer step, got none from {where}: its loader gave no batch, or the "
                 "Trainer's limits (max_epochs, max_steps, limit_train_batches) allow none"
             )
@@ -276,13 +290,21 @@ class _Probe(pl.Callback):
             return None
         mean = float(self._sum) / self._batches
         if not np.isfinite(mean):
-            raise RuntimeError(
+            raise LossNotFiniteError(
                 f"expected a finite training loss, got {mean} from {where}: look for NaN in its data, or lower the learning rate"
             )
         return mean
 
 
-def _seed_generators(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+@contextmanager
+def _own_generators(seed: int) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's generators, and put them back afterwards."""
+    isolation = isolate_rng()
+    isolation.__enter__()
+    try:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        yield
+    finally:
+        isolation.__exit__(None, None, None)  # told of an error it would put nothing back

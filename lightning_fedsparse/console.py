@@ -5,7 +5,8 @@ Rows are plain aligned text, so that a log file reads like the screen; only the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from lightning_fedsparse.accounting import Traffic
+from lightning_fedsparse.failures import ClientFailure, FailureReason
 from lightning_fedsparse.records import RoundRecord
 
 __all__ = ["Console"]
@@ -23,6 +25,9 @@ __all__ = ["Console"]
 _HIGHER = ("acc", "f1", "auroc", "precision", "recall", "iou", "dice")
 _LOWER = ("loss", "error", "mse", "mae", "perplexity")
 _MISSING = "-"
+
+_SHOWN_FAILURES = 5  # of one round, as they come
+_NAMED_CLIENTS = 3  # of those that failed most
 
 
 @dataclass(frozen=True)
@@ -72,12 +77,21 @@ class Console:
             self._start_table(record)
         self._line(self._format(record))
         if record.failures:
-            client_id, reason = next(iter(record.failures.items()))
-            count = f"{record.clients_failed} of {record.clients_sampled} clients failed"
-            self._line(f"{'':>{self._columns[0].width}}  {count}, first {client_id!r}: {reason}", "yellow")
+            self._note(
+                f"{record.clients_failed} of {record.clients_sampled} clients failed: {_by_reason(record.failures)}"
+            )
+        if record.skipped:
+            self._note("too few clients returned: the global model stays as it was")
         self._last = record
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=record.round)
+
+    def failure(self, client_id: str, failure: ClientFailure, number: int) -> None:
+        """Show a client's failure as it comes; of a round's many the first few."""
+        if number <= _SHOWN_FAILURES:
+            self._note(f"client {client_id!r} failed, {failure.reason.words}: {failure.sentence}")
+        elif number == _SHOWN_FAILURES + 1:
+            self._note("more clients failed: the record has them all")
 
     def interrupted(self, checkpoint: Path | None) -> None:
         """Say what an interrupted run leaves behind."""
@@ -95,7 +109,7 @@ class Console:
     def summary(self, history: Sequence[RoundRecord]) -> None:
         """Show what the whole run reached and what it cost."""
         rounds = f"{history[-1].round} rounds in {_duration(sum(record.seconds for record in history))}"
-        lines = [("done", rounds), *_learned(history), *_cost(history)]
+        lines = [("done", rounds), *_learned(history), *_cost(history), *_failed(history)]
         width = max(len(label) for label, _ in lines)
         self._line("")
         for label, value in lines:
@@ -106,6 +120,10 @@ class Console:
         limit = self._out.width if self._out.is_terminal else 100
         self._columns = _fitting_columns(first, self._rounds, limit)
         self._line("  ".join(f"{column.title:>{column.width}}" for column in self._columns), "bold")
+
+    def _note(self, text: str) -> None:
+        """A line that belongs to a row."""
+        self._line(f"{'':>{self._columns[0].width if self._columns else 0}}  {text}", "yellow")
 
     def _format(self, record: RoundRecord) -> str:
         return "  ".join(f"{column.cell(record):>{column.width}}" for column in self._columns)
@@ -172,11 +190,31 @@ def _cost(history: Sequence[RoundRecord]) -> list[tuple[str, str]]:
     transfers = [record.transfer_seconds for record in history if record.transfer_seconds is not None]
     if transfers:
         lines.append(("transfer", f"{_duration(sum(transfers))} on the clients' links, the slowest of each round"))
-    failed = sum(record.clients_failed for record in history)
-    if failed:
-        sampled = sum(record.clients_sampled for record in history)
-        lines.append(("failures", f"{failed} of {sampled} client rounds"))
     return lines
+
+
+def _failed(history: Sequence[RoundRecord]) -> list[tuple[str, str]]:
+    """A table: how often each reason came, and the clients that it came to most."""
+    failed = sum(record.clients_failed for record in history)
+    if not failed:
+        return []
+    asked = sum(record.clients_sampled for record in history)
+    skipped = sum(record.skipped for record in history)
+    rounds = f"; {skipped} of {len(history) - 1} rounds skipped" if skipped else ""
+    by_reason: dict[FailureReason, Counter[str]] = {}
+    for record in history:
+        for client_id, failure in record.failures.items():
+            by_reason.setdefault(failure.reason, Counter())[client_id] += 1
+    lines = [("failures", f"{failed} of {asked} client rounds{rounds}")]
+    for reason, clients in sorted(by_reason.items(), key=lambda row: -row[1].total()):
+        most = ", ".join(f"{client_id!r} {count}" for client_id, count in clients.most_common(_NAMED_CLIENTS))
+        lines.append((f"  {reason.words}", f"{clients.total()}, most of client {most}"))
+    return lines
+
+
+def _by_reason(failures: Mapping[str, ClientFailure]) -> str:
+    counts = Counter(failure.reason.words for failure in failures.values())
+    return ", ".join(f"{count} {words}" for words, count in counts.most_common())
 
 
 def _against_dense(measured: int, dense: int) -> str:

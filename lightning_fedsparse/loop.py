@@ -18,7 +18,7 @@ Steps 3 to 5 are the client's (:mod:`lightning_fedsparse.client`): what crosses 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,28 +27,30 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
-from lightning_fedsparse.accounting import Traffic, size_in_bytes
 from lightning_fedsparse.aggregation import Aggregator, MaskedMean, WeightedMean
 from lightning_fedsparse.broadcasting import Broadcaster
 from lightning_fedsparse.callbacks.base import CallbackList, SparsityCallback
 from lightning_fedsparse.capacities import require_capacity
 from lightning_fedsparse.checkpointing import Checkpointing
 from lightning_fedsparse.checks import require_at_least_one
-from lightning_fedsparse.client import ClientJob, ClientResult, ClientWorker
+from lightning_fedsparse.client import ClientJob, ClientWorker
 from lightning_fedsparse.console import Console
 from lightning_fedsparse.data import FederatedDataModule
 from lightning_fedsparse.evaluation import Evaluation, Evaluator, evaluate
 from lightning_fedsparse.executors.local import Executor, LocalExecutor
+from lightning_fedsparse.faults import FaultPolicy
 from lightning_fedsparse.federation import Federation
 from lightning_fedsparse.global_model import GlobalModel
+from lightning_fedsparse.intake import Intake, UploadReader
 from lightning_fedsparse.loop_arguments import require_model_and_data, require_parts, trainer_arguments
-from lightning_fedsparse.payload import Limits, PayloadError, check_update, decode
+from lightning_fedsparse.receiving import Receiver
 from lightning_fedsparse.records import RoundRecord
 from lightning_fedsparse.resuming import recipe_of, require_same_run
 from lightning_fedsparse.rounds import ServerRound, UploadRule
 from lightning_fedsparse.run_folder import RunFolder
 from lightning_fedsparse.sampling import UniformSampling
 from lightning_fedsparse.schedules import Progress
+from lightning_fedsparse.screening import Screen
 from lightning_fedsparse.seeding import derive_seed
 from lightning_fedsparse.server import OptimizerFactory, ServerOptimizer, ServerState
 from lightning_fedsparse.tally import RoundTally
@@ -75,6 +77,8 @@ class FederatedLoop:
         executor: Where client rounds run; in this process if None.
         wire: How values travel each way, and over what links; without loss and without times if None.
         logger: Lightning loggers that get every round's scalars, with rounds as steps.
+        faults: What becomes of a round when clients fail; if None, it counts while one client returns.
+        screen: Bounds on an upload beside those of the cohort; none if None.
         evaluation: When and on what the global model is evaluated.
         buffers: BatchNorm statistics and other buffers: ``"average"`` over the clients; ``"local"``, each client keeps
             its own and the global ones stay as they were initialized; ``"recalibrate"``, averaged, then BatchNorm
@@ -104,6 +108,8 @@ class FederatedLoop:
         executor: Executor | None = None,
         wire: Wire | None = None,
         logger: Logger | Sequence[Logger] | None = None,
+        faults: FaultPolicy | None = None,
+        screen: Screen | None = None,
         evaluation: Evaluation | None = None,
         buffers: Literal["average", "local", "recalibrate"] = "average",
         seed: int = 0,
@@ -120,8 +126,10 @@ class FederatedLoop:
             trainer=trainer,
             callbacks=callbacks,
             executor=executor,
-            evaluation=evaluation,
             wire=wire,
+            faults=faults,
+            screen=screen,
+            evaluation=evaluation,
             checkpointing=checkpointing,
         )
         self.rounds = rounds
@@ -129,7 +137,10 @@ class FederatedLoop:
         self.callbacks, self.trainer = trainer_arguments(callbacks, trainer)
         self.aggregator = aggregator
         self.executor = executor or LocalExecutor()
-        self.executor.check(clients_per_round)
+        self.faults = faults or FaultPolicy()
+        self.faults.check(clients_per_round)
+        self.screen = screen
+        self.executor.check(clients_per_round + self.faults.oversample)
         self.wire = wire or Wire()
         self.loggers = [logger] if isinstance(logger, Logger) else list(logger or [])
         self.evaluation = evaluation or Evaluation()
@@ -163,6 +174,8 @@ class FederatedLoop:
             TypeError: If ``model`` is no ``lightning.pytorch`` module or ``data`` is no ``FederatedDataModule``.
             ValueError: If the cohort is larger than the population, a method finds nothing to do, or the checkpoint is
                 damaged or not of this federation.
+            TooFewClientsError: If too few clients of a round return and ``faults`` says to stop; its cause is what the first
+                client that raised did raise.
             OSError: If the run folder can't be written; what was saved before is as it was.
             RuntimeError: If another run is at work in the run folder.
         """
@@ -210,76 +223,83 @@ class FederatedLoop:
 
     def _round(self, index: int) -> None:
         started = time.perf_counter()
-        tally = RoundTally()
+        tally = RoundTally(accept=self.faults.accept)
         server_round = ServerRound(index, self.rounds, derive_seed(self.seed, "server", index))
         self._data.start_round(server_round.progress)
         rule = self._upload_rule(server_round)
-        cohort = self._sample(index)
-        jobs = self._broadcast(index, cohort, tally)
-        results = self.executor.run(self._worker, jobs)
-        updates = self._receive(results, rule, server_round, tally)
-        mean = self._aggregate(updates, rule, tally)
-        self._server_step(mean, server_round, cohort)
+        updates = self._collect(server_round, rule, tally)
+        mean = self._aggregate(updates, rule, index + 1, tally)
+        if mean is not None:
+            self._server_step(mean, server_round, tally.merged)
         self._record(index + 1, tally, server_round.metrics, started)
 
     def _upload_rule(self, server_round: ServerRound) -> UploadRule:
         rules = [method.upload_rule(self._federation.state, server_round) for method in self._methods]
         return next((rule for rule in rules if rule is not None), UploadRule())
 
-    def _sample(self, index: int) -> list[str]:
-        return UniformSampling().sample(
-            self._data.client_ids, self.clients_per_round, seed=self.seed, round_index=index
-        )
+    def _collect(self, server_round: ServerRound, rule: UploadRule, tally: RoundTally) -> Iterator[SparseUpdate]:
+        """Steps 1 to 5: ask clients, and others if too few return; give the updates that count, in the order asked."""
+        reader = UploadReader(self._federation.state, self.wire, rule)
+        intake = Intake(self.faults, self.clients_per_round, reader, self.screen)
+        receiver = Receiver(self._federation, self._methods, intake, server_round, tally, self.console.failure)
+        asked: list[str] = []
+        while not intake.enough and tally.tries < self.faults.tries:
+            cohort = self._sample(server_round.index, tally.tries, intake.missing, asked)
+            asked += cohort
+            tally.tries += 1
+            jobs = self._broadcast(server_round.index, cohort, asked, tally)
+            yield from receiver.receive(self.executor.run(self._worker, jobs), cohort)
+        receiver.close()
 
-    def _broadcast(self, index: int, cohort: Sequence[str], tally: RoundTally) -> Iterator[ClientJob]:
+    def _sample(self, index: int, attempt: int, wanted: int, asked: Collection[str]) -> list[str]:
+        """Clients that were not asked in this round: those that are wanted, then those asked beyond."""
+        cohort: list[str] = []
+        for draw, count in enumerate((wanted, self.faults.oversample), start=2 * attempt):
+            excluded = {*asked, *cohort}
+            count = min(count, len(self._data.client_ids) - len(excluded))
+            if count:
+                cohort += UniformSampling().sample(
+                    self._data.client_ids, count, seed=self.seed, round_index=index, draw=draw, excluded=excluded
+                )
+        return cohort
+
+    def _broadcast(
+        self, index: int, cohort: Sequence[str], asked: Collection[str], tally: RoundTally
+    ) -> Iterator[ClientJob]:
         broadcaster = self._federation.broadcaster
-        clients = [self._data.client(client_id) for client_id in cohort]
-        broadcaster.start(self._federation.state, clients, self._methods, derive_seed(self.seed, "broadcast", index))
-        for client in clients:
-            sent = broadcaster.send(client)
-            tally.down[client.id] = sent.traffic
-            seed = derive_seed(self.seed, "client", index, client.id)
-            memory = self._federation.memories.get(client.id, {})
+        clients = {client_id: self._data.client(client_id) for client_id in asked}
+        seed = derive_seed(self.seed, "broadcast", index)
+        broadcaster.start(self._federation.state, list(clients.values()), self._methods, seed)
+        for client_id in cohort:
+            sent = broadcaster.send(clients[client_id])
+            tally.down[client_id] = sent.traffic
             yield ClientJob(
-                client.id, index, self.rounds, seed, sent.payload, sent.reference_id, memory, broadcaster.kept_versions
+                client_id,
+                index,
+                self.rounds,
+                derive_seed(self.seed, "client", index, client_id),
+                sent.payload,
+                sent.reference_id,
+                self._federation.memories.get(client_id, {}),
+                broadcaster.kept_versions,
+                self.faults.deadline,
             )
 
-    def _receive(
-        self, results: Iterable[ClientResult], rule: UploadRule, server_round: ServerRound, tally: RoundTally
-    ) -> Iterator[SparseUpdate]:
-        state = self._federation.state
-        limits = Limits.for_tensors(state.tensors)
-        schema, dense = state.schema, size_in_bytes(state.tensors)
-        travels = self.wire.rule_for(rule)
-        for result in results:
-            support = self._federation.broadcaster.support(result.client_id)
-            if result.memory:
-                self._federation.memories[result.client_id] = dict(result.memory)
-            try:
-                update = decode(result.payload, schema=schema, reference=support, limits=limits)
-                check_update(update, state.weights, buffers=state.buffers, support=support, rule=travels)
-            except PayloadError as error:
-                tally.failures[result.client_id] = str(error)
-                tally.up[result.client_id] = Traffic.of_refused(result.payload, dense=dense)
-                continue
-            tally.up[result.client_id] = Traffic.of(
-                result.payload, update, schema=schema, reference=support, dense=dense
-            )
-            update = self.wire.read_upload(update, state.weights, rule)
-            tally.add_loss(update)
-            for method in self._methods:
-                method.on_server_receive(state, server_round, update)
-            yield update
-
-    def _aggregate(self, updates: Iterable[SparseUpdate], rule: UploadRule, tally: RoundTally) -> dict[str, Tensor]:
+    def _aggregate(
+        self, updates: Iterable[SparseUpdate], rule: UploadRule, number: int, tally: RoundTally
+    ) -> dict[str, Tensor] | None:
+        """The mean of the updates; None if there are too few and the round is skipped."""
         aggregator = self.aggregator or (MaskedMean(rule.weighting) if rule.absent == "unheld" else WeightedMean())
         aggregator.start(self._federation.state.tensors)
         for update in updates:
             aggregator.add(update)
-            tally.returned += 1
-        if tally.returned == 0:
-            raise RuntimeError(f"expected at least one valid update in the round, got none: {tally.failures}")
-        return aggregator.result()
+        if tally.merged:
+            return aggregator.result()
+        ever = any(record.clients_returned for record in self.history)
+        if self.faults.when_fewer == "stop" or not (ever or tally.unused):
+            raise tally.too_few(self.faults.min_clients, number) from tally.error
+        tally.skipped = True
+        return None
 
     def _server_step(self, mean: Mapping[str, Tensor], server_round: ServerRound, cohort: Sequence[str]) -> None:
         self._federation.optimizer.step(self._federation.state, mean)
@@ -323,7 +343,8 @@ class FederatedLoop:
         )
         measured = self.buffers == "recalibrate"
         self._global = GlobalModel(model, self._federation, data, self.trainer, measured=measured, seed=self.seed)
-        self._sample(0)  # a cohort larger than the population is an error now, not after the first evaluation
+        # a cohort larger than the population is an error now, not after the first evaluation
+        self.faults.check_population(self.clients_per_round, len(data.client_ids))
         self._evaluator = Evaluator(model, data, self.evaluation, self.trainer)
         self.wire.check(self._methods, data.client_ids)
         self._worker = ClientWorker(

@@ -12,6 +12,8 @@ from lightning_fedsparse.checks import require_a, require_lightning, require_tra
 from lightning_fedsparse.data import FederatedDataModule
 from lightning_fedsparse.evaluation import Evaluation
 from lightning_fedsparse.executors.local import Executor
+from lightning_fedsparse.faults import FaultPolicy
+from lightning_fedsparse.screening import Screen
 from lightning_fedsparse.wire import Wire
 
 __all__ = ["require_model_and_data", "require_parts", "trainer_arguments"]
@@ -20,6 +22,8 @@ _PARTS: dict[str, tuple[type, str]] = {
     "trainer": (Mapping, '{"max_epochs": 2}'),
     "callbacks": (Sequence, "feddip() or [MagnitudePruning(...)]"),
     "executor": (Executor, "ProcessExecutor(workers=2)"),
+    "faults": (FaultPolicy, "FaultPolicy(min_clients=2)"),
+    "screen": (Screen, "Screen(norm=5.0)"),
     "evaluation": (Evaluation, 'Evaluation(split="test")'),
     "wire": (Wire, 'Wire(uploads="int8")'),
     "checkpointing": (Checkpointing, "Checkpointing(every_n_rounds=5)"),

@@ -10,6 +10,8 @@ from typing import Any
 
 from lightning_fedsparse.accounting import ClientTraffic, Traffic
 from lightning_fedsparse.durable import append_line, replace_file
+from lightning_fedsparse.failures import ClientFailure, FailureReason
+from lightning_fedsparse.faults import Accept
 
 __all__ = ["RoundRecord", "append_record", "read_history", "rewrite_history", "whole_lines"]
 
@@ -22,7 +24,7 @@ class RoundRecord:
         round: Rounds done.
         clients_sampled: Clients asked in this round.
         clients_returned: Clients whose update was merged.
-        clients_failed: Clients whose update was refused or never came.
+        clients_failed: Clients that failed, in whatever way.
         train_loss: Mean training loss over the returned clients, weighted by examples; None when no client gave one.
         sparsity: Fraction of zeros in the masks in force after the round, over the masked parameters.
         bytes_down: Encoded broadcasts of this round, bytes, summed over the clients.
@@ -33,12 +35,17 @@ class RoundRecord:
         dense_bytes_up: What this round's uploads would be as raw dense tensors, bytes.
         seconds: Wall time of the round, evaluation included.
         metrics: Evaluation of the global model and what the methods report, by name.
-        failures: Why clients failed: client id -> one sentence.
+        failures: Why clients failed, by client id. Versions that only knew uploads that can't be read left a sentence alone.
         traffic_down: The broadcasts' bytes, by what they carry, beside their dense equivalent and their bound; None in
             records of versions that did not count them, like the three fields below.
         traffic_up: The same for the uploads.
         transfer_seconds: Time that the round's slowest client spends sending and receiving; None without links.
         clients: The same for each client of the round.
+        clients_unused: Clients whose valid update was not needed: over-sampling, or a round that was skipped.
+        stray_results: Results that belong to no client of the round, or that came a second time; ignored.
+        tries: How many times the round asked clients.
+        accept: Which valid updates are merged where there are too many: ``"sampled"`` or ``"first"``.
+        skipped: Too few clients returned and the global model is as before the round.
     """
 
     round: int
@@ -55,11 +62,16 @@ class RoundRecord:
     dense_bytes_up: int
     seconds: float
     metrics: dict[str, float] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
+    failures: dict[str, ClientFailure] = field(default_factory=dict)
     traffic_down: Traffic | None = None
     traffic_up: Traffic | None = None
     transfer_seconds: float | None = None
     clients: dict[str, ClientTraffic] = field(default_factory=dict)
+    clients_unused: int = 0
+    stray_results: int = 0
+    tries: int = 1
+    accept: Accept = "sampled"
+    skipped: bool = False
 
     @classmethod
     def from_json(cls, line: str) -> RoundRecord:
@@ -76,6 +88,7 @@ class RoundRecord:
             client_id: ClientTraffic(Traffic(**part["down"]), _traffic(part["up"]), part["transfer_seconds"])
             for client_id, part in row.get("clients", {}).items()
         }
+        row["failures"] = {client_id: _failure(part) for client_id, part in row.get("failures", {}).items()}
         return cls(**row)
 
     def to_json(self) -> str:
@@ -131,6 +144,12 @@ def read_history(path: Path) -> list[RoundRecord]:
 
 def _traffic(row: dict[str, Any] | None) -> Traffic | None:
     return None if row is None else Traffic(**row)
+
+
+def _failure(part: dict[str, str] | str) -> ClientFailure:
+    if isinstance(part, str):
+        return ClientFailure(FailureReason.INVALID_UPLOAD, part)
+    return ClientFailure(FailureReason(part["reason"]), part["sentence"])
 
 
 def rewrite_history(path: Path, records: Iterable[RoundRecord]) -> None:

@@ -9,14 +9,15 @@ a fit sets up for itself.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
 
 from lightning_fedsparse.quiet import QUIET_TRAINER
 
-__all__ = ["ResidentTrainer"]
+__all__ = ["ResidentTrainer", "restored_on_error"]
 
 
 class ResidentTrainer:
@@ -68,3 +69,22 @@ class ResidentTrainer:
     def drop(self) -> None:
         """Forget the Trainer: a fit that was cut off may have left anything in it."""
         self._trainer = None
+
+
+@contextmanager
+def restored_on_error(module: pl.LightningModule) -> Iterator[None]:
+    """Put back what a fit that is cut off may leave in a module, apart from its tensors.
+
+    Validation that raises leaves layers in evaluation mode, a toggled optimizer leaves parameters frozen, and where the user
+    sets gradients to zero, those of the last batch would reach the next fit.
+    """
+    modes = [(layer, layer.training) for layer in module.modules()]
+    frozen = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    try:
+        yield
+    except BaseException:
+        for layer, training in modes:
+            layer.training = training
+        for parameter, requires_grad in frozen:
+            parameter.requires_grad_(requires_grad).grad = None
+        raise

@@ -7,7 +7,7 @@ round alone, so a resumed run, or another method under the same seed, meets the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -19,24 +19,40 @@ __all__ = ["UniformSampling"]
 class UniformSampling:
     """Every set of ``count`` clients is equally likely, independently in each round."""
 
-    def sample(self, client_ids: Sequence[str], count: int, *, seed: int, round_index: int) -> list[str]:
+    def sample(
+        self,
+        client_ids: Sequence[str],
+        count: int,
+        *,
+        seed: int,
+        round_index: int,
+        draw: int = 0,
+        excluded: Collection[str] = (),
+    ) -> list[str]:
         """Draw the cohort of one round.
 
         Args:
             client_ids: All clients, in an order that is the same in every round; never copied.
-            count: Clients to draw, from 1 to all of them.
+            count: Clients to draw, from 1 to all of those that are not excluded.
             seed: The run's seed.
             round_index: The round, from 0.
+            draw: Which of the round's draws this is, from 0; they are independent.
+            excluded: Clients that were drawn before.
 
         Returns:
             Distinct ids in the order drawn.
 
         Raises:
-            ValueError: A count below 1 or above the number of clients.
+            ValueError: A count below 1 or above the number of clients that are left.
         """
         if count < 1:
             raise ValueError(f"expected at least 1 client per round, got {count}")
-        if count > len(client_ids):
-            raise ValueError(f"expected at most {len(client_ids)} clients per round, as many as there are, got {count}")
-        generator = np.random.default_rng(derive_seed(seed, "sampling", round_index))
-        return [client_ids[i] for i in generator.choice(len(client_ids), size=count, replace=False).tolist()]
+        left = len(client_ids) - len(excluded)
+        if count > left:
+            raise ValueError(f"expected at most {left} clients per round, as many as there are, got {count}")
+        further = (draw,) if draw else ()
+        generator = np.random.default_rng(derive_seed(seed, "sampling", round_index, *further))
+        # as many more as are excluded, so that enough are left whoever is drawn; each order is as likely as any other
+        size = count + len(excluded)
+        drawn = [client_ids[i] for i in generator.choice(len(client_ids), size=size, replace=False).tolist()]
+        return [client_id for client_id in drawn if client_id not in excluded][:count]

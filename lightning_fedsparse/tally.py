@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lightning_fedsparse.accounting import Traffic
+from lightning_fedsparse.failures import ClientFailure, TooFewClientsError
+from lightning_fedsparse.faults import Accept
 from lightning_fedsparse.records import RoundRecord
 from lightning_fedsparse.update import SparseUpdate
 from lightning_fedsparse.wire import Wire
@@ -19,16 +22,28 @@ class RoundTally:
     """Counts of one round.
 
     Args:
-        returned: Clients whose update was merged.
-        down: Broadcasts by client id.
+        merged: Clients whose update was merged, in that order.
+        down: Broadcasts by client id, in the order asked.
         up: Uploads by client id, refused ones included.
         failures: Why clients failed, by client id.
+        error: What the first client that raised did raise.
+        unused: Clients whose valid update is not needed.
+        strays: Results that nobody waited for.
+        tries: How many times clients were asked.
+        accept: Which updates are preferred.
+        skipped: Whether there were too few to be merged.
     """
 
-    returned: int = 0
+    merged: list[str] = field(default_factory=list)
     down: dict[str, Traffic] = field(default_factory=dict)
     up: dict[str, Traffic] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
+    failures: dict[str, ClientFailure] = field(default_factory=dict)
+    error: Exception | None = None
+    unused: Sequence[str] = ()
+    strays: int = 0
+    tries: int = 0
+    accept: Accept = "sampled"
+    skipped: bool = False
     _loss_sum: float = 0.0
     _loss_examples: int = 0
 
@@ -38,6 +53,20 @@ class RoundTally:
         if math.isfinite(loss_sum):  # a client's word, and JSON has no NaN
             self._loss_sum = loss_sum
             self._loss_examples += update.num_examples
+
+    def too_few(self, needed: int, number: int) -> TooFewClientsError:
+        """The error of a round, by its number, in which too few clients returned."""
+        returned, asked = len(self.unused), len(self.down)
+        text = (
+            f"expected at least {needed} of the {asked} clients of round {number} to return, got {returned}"
+            f"{f' after asking {self.tries} times' if self.tries > 1 else ''}"
+        )
+        counts = Counter(failure.reason.words for failure in self.failures.values())
+        reasons = ", ".join(f"{count} {words}" for words, count in counts.most_common())
+        first = next(iter(self.failures), None)
+        if first is not None:
+            text += f" ({reasons}); client {first!r}: {self.failures[first].sentence}"
+        return TooFewClientsError(text)
 
     def record(
         self,
@@ -55,7 +84,7 @@ class RoundTally:
         return RoundRecord(
             round=done,
             clients_sampled=len(self.down),
-            clients_returned=self.returned,
+            clients_returned=len(self.merged),
             clients_failed=len(self.failures),
             train_loss=self._loss_sum / self._loss_examples if self._loss_examples else None,
             sparsity=sparsity,
@@ -72,4 +101,9 @@ class RoundTally:
             traffic_up=up,
             transfer_seconds=max((c.transfer_seconds for c in clients.values() if c.transfer_seconds), default=None),
             clients=clients,
+            clients_unused=len(self.unused),
+            stray_results=self.strays,
+            tries=self.tries,
+            accept=self.accept,
+            skipped=self.skipped,
         )

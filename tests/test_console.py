@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console as RichConsole
 
 from lightning_fedsparse.console import Console
+from lightning_fedsparse.failures import ClientFailure, FailureReason
 from lightning_fedsparse.records import RoundRecord
 
 
@@ -100,12 +101,41 @@ def test_a_run_without_evaluation_and_masks_shows_what_there_is(capsys: pytest.C
     assert "1.10x more" in out
 
 
-def test_failures_are_shown_in_their_round_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    failing = record(1, accuracy=0.5, clients_failed=2, failures={"07": "a NaN", "11": "a NaN"})
-    shown(Console(1), [HISTORY[0], failing])
-    out = capsys.readouterr().out
-    assert "2 of 5 clients failed, first '07': a NaN" in out
-    assert "2 of 5 client rounds" in out
+def test_failures_are_shown_as_they_come_with_their_round_and_in_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    late, cut = ClientFailure(FailureReason.LATE, "a day late"), ClientFailure(FailureReason.INVALID_UPLOAD, "cut off")
+    first = record(1, clients_failed=3, failures={"07": late, "11": cut, "12": late})
+    second = record(2, clients_failed=2, failures={"12": late, "03": cut}, skipped=True)
+    console = Console(2)
+    console.start([])
+    console.row(HISTORY[0])
+    for number, (client_id, failure) in enumerate(first.failures.items(), start=1):
+        console.failure(client_id, failure, number)
+    console.row(first)
+    console.row(second)
+    console.stop()
+    console.summary([HISTORY[0], first, second])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2:5] == [
+        "       client '07' failed, late: a day late",
+        "       client '11' failed, invalid upload: cut off",
+        "       client '12' failed, late: a day late",
+    ]
+    assert lines[6] == "       3 of 5 clients failed: 2 late, 1 invalid upload"
+    assert lines[9] == "       too few clients returned: the global model stays as it was"
+    assert [" ".join(line.split()) for line in lines[-3:]] == [
+        "failures 5 of 10 client rounds; 1 of 2 rounds skipped",
+        "late 3, most of client '12' 2, '07' 1",
+        "invalid upload 2, most of client '11' 1, '03' 1",
+    ]
+
+
+def test_of_many_failures_the_first_few_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(1)
+    for number in range(1, 100):
+        console.failure(str(number), ClientFailure(FailureReason.EXCEPTION, "ValueError: no"), number)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6
+    assert lines[-1].strip() == "more clients failed: the record has them all"
 
 
 def test_a_resumed_run_says_where_it_goes_on(capsys: pytest.CaptureFixture[str]) -> None:

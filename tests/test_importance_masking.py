@@ -542,7 +542,7 @@ def test_an_upload_beyond_the_clients_own_support_is_refused(monkeypatch: pytest
     monkeypatch.setattr(ClientWorker, "run", greedy)
     loop, _ = run(1)
     assert list(loop.history[-1].failures) == ["c1"]
-    assert "outside the support" in loop.history[-1].failures["c1"]
+    assert "outside the support" in loop.history[-1].failures["c1"].sentence
 
 
 def test_the_aggregator_follows_the_method_and_a_wrong_one_is_refused() -> None:

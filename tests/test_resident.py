@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from lightning_fedsparse import FederatedLoop
 from lightning_fedsparse.callbacks import feddip, fiarse, sparsyfed
+from lightning_fedsparse.failures import TooFewClientsError
 from lightning_fedsparse.resident import ResidentTrainer
 from lightning_fedsparse.testing_models import ConvNet, loader
 from tests.test_loop import QUIET, Net, clients, loaders
@@ -187,10 +188,11 @@ def test_after_a_fit_that_was_cut_off_there_is_a_new_one():
 
     model = Failing()
     loop = FederatedLoop(1, 4, None, {"max_epochs": 1}, evaluation=QUIET, console=False)
-    with pytest.raises(ValueError, match="no more memory") as caught:
+    with pytest.raises(TooFewClientsError, match=r"client 'c\d': ValueError: no more memory \(line \d+ of") as caught:
         loop.fit(model, loaders(clients()))
+    assert isinstance(caught.value.__cause__, ValueError)
     if sys.version_info >= (3, 11):
-        assert re.match(r"raised in the training of client 'c\d' in round 1", caught.value.__notes__[0])
+        assert re.match(r"raised in the training of client 'c\d' in round 1", caught.value.__cause__.__notes__[0])
     worker = loop._worker
     assert worker._trainers._trainer is None
     Failing.fails = False

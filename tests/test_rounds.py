@@ -16,6 +16,7 @@ from lightning_fedsparse.callbacks import MagnitudePruning, SparsityCallback, fe
 from lightning_fedsparse.checkpointing import Checkpointing
 from lightning_fedsparse.client import ClientWorker
 from lightning_fedsparse.evaluation import Evaluation
+from lightning_fedsparse.failures import ClientFailure, FailureReason
 from lightning_fedsparse.partition import IidPartition
 from lightning_fedsparse.payload import decode, encode
 from lightning_fedsparse.records import read_history
@@ -171,7 +172,8 @@ def test_a_refused_upload_costs_the_round_one_client(uploads):
     assert failed
     for record in failed:
         assert (record.clients_sampled, record.clients_returned, record.clients_failed) == (4, 3, 1)
-        assert "checksum" in record.failures["c3"]
+        assert record.failures["c3"].reason == FailureReason.INVALID_UPLOAD
+        assert "checksum" in record.failures["c3"].sentence
 
 
 def test_an_upload_beyond_the_support_is_refused(uploads):
@@ -188,7 +190,7 @@ def test_an_upload_beyond_the_support_is_refused(uploads):
     change["c0"] = dense
     loop = FederatedLoop(3, 4, feddip(sparsity=0.5, regrow="nested"), evaluation=QUIET, console=False)
     loop.fit(Net(), loaders(clients()))
-    reasons = [record.failures["c0"] for record in loop.history if "c0" in record.failures]
+    reasons = [record.failures["c0"].sentence for record in loop.history if "c0" in record.failures]
     assert reasons
     assert all("outside the support" in reason for reason in reasons)
 
@@ -211,7 +213,8 @@ def test_an_upload_of_another_kind_is_refused_and_a_nan_metric_does_no_harm(uplo
     change["c1"], change["c0"] = delta, boastful
     loop, _ = run(1)
     record = loop.history[1]
-    assert record.failures == {"c1": "expected 'weights' with what is absent 'unchanged', got 'delta' with 'unchanged'"}
+    sentence = "expected 'weights' with what is absent 'unchanged', got 'delta' with 'unchanged'"
+    assert record.failures == {"c1": ClientFailure(FailureReason.INVALID_UPLOAD, sentence)}
     assert record.train_loss is not None
 
 

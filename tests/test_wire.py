@@ -124,7 +124,7 @@ def test_a_refused_upload_is_counted_and_believed_nothing(monkeypatch):
 
     def cut(self, job):
         result = original(self, job)
-        return type(result)(result.client_id, result.payload[:50], result.memory, result.seconds)
+        return replace(result, payload=result.payload[:50])
 
     run_whole, failed = ClientWorker.run, []
     monkeypatch.setattr(
@@ -194,7 +194,7 @@ def test_a_hostile_upload_costs_the_round_one_client(monkeypatch, spoil, reason)
     loop, state = run(1, feddip(sparsity=0.7, initial_sparsity=0.3))
     record = loop.history[-1]
     assert list(record.failures) == spoilt
-    assert reason in record.failures[spoilt[0]]
+    assert reason in record.failures[spoilt[0]].sentence
     assert (record.clients_failed, record.clients_returned) == (1, 3)
     assert all(tensor.isfinite().all() for tensor in state.values())
 
@@ -328,13 +328,13 @@ def test_an_upload_that_did_not_round_is_of_another_kind(monkeypatch):
         result = original(self, job)
         update = decode(result.payload, schema=self.schema, reference=list(self._masks.values())[-1])
         update.kind = "weights"
-        return type(result)(result.client_id, encode(update), result.memory, result.seconds)
+        return replace(result, payload=encode(update))
 
     monkeypatch.setattr(
         ClientWorker, "run", lambda self, job: exact(self, job) if job.client_id == "c3" else original(self, job)
     )
     loop, _ = run(3, wire=Wire(uploads="int8"))
-    reasons = [record.failures["c3"] for record in loop.history if "c3" in record.failures]
+    reasons = [record.failures["c3"].sentence for record in loop.history if "c3" in record.failures]
     assert reasons
     assert all("expected 'delta' with what is absent 'unchanged', got 'weights'" in reason for reason in reasons)
 

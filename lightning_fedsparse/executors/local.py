@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import TypeAlias
 
 from lightning_fedsparse.client import ClientJob, ClientResult, ClientWorker
+from lightning_fedsparse.failures import FailedClient
 
-__all__ = ["Executor", "LocalExecutor"]
+__all__ = ["Executor", "LocalExecutor", "Outcome", "attempt"]
+
+Outcome: TypeAlias = ClientResult | FailedClient
 
 
 class Executor(ABC):
     """Where client rounds run."""
 
     @abstractmethod
-    def run(self, worker: ClientWorker, jobs: Iterable[ClientJob]) -> Iterator[ClientResult]:
-        """Run the jobs and yield their results in the order of the jobs."""
+    def run(self, worker: ClientWorker, jobs: Iterable[ClientJob]) -> Iterator[Outcome]:
+        """Run the jobs and yield what becomes of them, in the order of the jobs.
 
-    def check(self, clients_per_round: int) -> None:  # noqa: B027  # optional
+        What a client's training raises is a :class:`~lightning_fedsparse.failures.FailedClient` (see :func:`attempt`). A job of
+        which nothing is heard any more is left out: the round counts its client as failed.
+        """
+
+    def check(self, clients: int) -> None:  # noqa: B027  # optional
         """See that it suits a cohort of this size.
 
         Raises:
@@ -31,6 +40,15 @@ class Executor(ABC):
 class LocalExecutor(Executor):
     """In this process, on the one resident worker."""
 
-    def run(self, worker: ClientWorker, jobs: Iterable[ClientJob]) -> Iterator[ClientResult]:
+    def run(self, worker: ClientWorker, jobs: Iterable[ClientJob]) -> Iterator[Outcome]:
         """Run the jobs one after the other."""
-        return map(worker.run, jobs)
+        for job in jobs:
+            yield attempt(job, partial(worker.run, job))
+
+
+def attempt(job: ClientJob, train: Callable[[], ClientResult]) -> Outcome:
+    """Train a client; what that raises is its failure, unless it is Ctrl-C or ``SystemExit``."""
+    try:
+        return train()
+    except Exception as error:  # noqa: BLE001  # a user's code may raise anything
+        return FailedClient.of(job.client_id, job.index, error)

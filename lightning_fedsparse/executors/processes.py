@@ -4,6 +4,8 @@ This process reads every broadcast once and puts it into shared memory; workers 
 back. Results come in the order of the jobs whoever is done first, so that a federation's result does not depend on the number
 of workers. At most twice as many jobs as workers are on their way; among those that wait, the one that took longest in the
 past goes first.
+
+A client whose worker dies three times over, or that takes longer than it may, has failed and the others go on.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
 from threading import Thread
@@ -26,8 +29,9 @@ from torch import Tensor, multiprocessing
 from typing_extensions import override
 
 from lightning_fedsparse.client import ClientJob, ClientResult, ClientWorker
-from lightning_fedsparse.executors.local import Executor
+from lightning_fedsparse.executors.local import Executor, Outcome, attempt
 from lightning_fedsparse.executors.sharing import SharedUpdate, in_shared_memory
+from lightning_fedsparse.failures import ClientFailure, FailedClient, FailureReason
 from lightning_fedsparse.update import SparseUpdate
 
 __all__ = ["ProcessExecutor"]
@@ -42,13 +46,13 @@ class ProcessExecutor(Executor):
     Args:
         workers: Processes, at least 1.
         pin: Keep each worker on a core of its own, as far as there are cores.
-        timeout: Seconds that one client's round may take before its worker is taken for hung, above 0.
+        timeout: Seconds that one client's round may take before its worker is taken for hung and ended, above 0.
         start_timeout: Seconds that a worker may take to start, above 0.
 
     Raises:
         ValueError: For a value out of range; when the run starts, for a model, data, callbacks or Trainer arguments that can't
             be pickled.
-        RuntimeError: In a round, if a client's worker dies three times over, or takes longer than ``timeout``.
+        RuntimeError: If a worker does not start.
     """
 
     def __init__(
@@ -68,15 +72,15 @@ class ProcessExecutor(Executor):
         self._seconds: dict[str, float] = {}
 
     @override
-    def check(self, clients_per_round: int) -> None:
-        if self.workers > clients_per_round:
+    def check(self, clients: int) -> None:
+        if self.workers > clients:
             raise ValueError(
-                f"expected at most as many workers as clients per round, got {self.workers} for {clients_per_round} clients: "
+                f"expected at most as many workers as clients per round, got {self.workers} for {clients} clients: "
                 "the others would never have work"
             )
 
     @override
-    def run(self, worker: ClientWorker, jobs: Iterable[ClientJob]) -> Iterator[ClientResult]:
+    def run(self, worker: ClientWorker, jobs: Iterable[ClientJob]) -> Iterator[Outcome]:
         self._use(worker)
         source = iter(jobs)
         window: dict[int, _Task] = {}
@@ -139,7 +143,8 @@ class ProcessExecutor(Executor):
         waiting.sort(key=lambda task: -self._seconds.get(task.job.client_id, float("inf")))
         for process in self._processes:
             if process.started and process.task is None and waiting:
-                process.give(waiting.pop(0), self.timeout)
+                task = waiting.pop(0)
+                process.give(task, self._limit(task.job)[1])
 
     def _collect(self) -> None:
         """Wait for a worker to say something, to die, or to take too long."""
@@ -158,19 +163,26 @@ class ProcessExecutor(Executor):
                 raise said
             if said is not None and task is not None:
                 process.task, task.result = None, said
-                self._seconds[said.client_id] = said.seconds
+                if isinstance(said, ClientResult):
+                    self._seconds[said.client_id] = said.seconds
             elif process.sentinel in ready:
                 self._replace(process)
             elif time.monotonic() >= process.deadline:
-                process.end()
                 if task is None:
+                    process.end()
                     raise RuntimeError(f"expected a worker process to start within {self.start_timeout:g} seconds")
-                raise RuntimeError(
-                    f"expected {task.where} to take at most {self.timeout:g} seconds, its worker was ended"
-                )
+                reason, limit = self._limit(task.job)
+                task.fail(reason, f"expected {task.where} to take at most {limit:g} seconds, its worker was ended")
+                self._replace(process)
+
+    def _limit(self, job: ClientJob) -> tuple[FailureReason, float]:
+        """How long a client's round may take, and what it has done if it takes longer."""
+        if job.deadline is not None and job.deadline < self.timeout:
+            return FailureReason.LATE, job.deadline
+        return FailureReason.TIMED_OUT, self.timeout
 
     def _replace(self, process: _Process) -> None:
-        """Start another worker in place of one that died; its client goes back to those that wait."""
+        """Start another worker in place of one that died or was in the way; its client, unless it failed, waits again."""
         process.end()
         if not process.started:
             raise RuntimeError(
@@ -180,11 +192,13 @@ class ProcessExecutor(Executor):
         task = process.task
         assert task is not None
         task.running = False
-        task.deaths += 1
+        if task.result is None:
+            task.deaths += 1
         if task.deaths == _TRIES:
-            raise RuntimeError(
+            task.fail(
+                FailureReason.WORKER_DIED,
                 f"expected a worker to run {task.where}, {_TRIES} workers died in it, the last with exit code "
-                f"{process.exitcode}: the system ends processes that need more memory than there is"
+                f"{process.exitcode}: the system ends processes that need more memory than there is",
             )
         number = self._processes.index(process)
         self._processes[number] = self._start(number)
@@ -198,11 +212,15 @@ class _Task:
     broadcast: SharedUpdate
     running: bool = False
     deaths: int = 0
-    result: ClientResult | None = None
+    result: Outcome | None = None
 
     @property
     def where(self) -> str:
         return f"client {self.job.client_id!r} in round {self.job.index + 1}"
+
+    def fail(self, reason: FailureReason, sentence: str) -> None:
+        """End it without a result of its client."""
+        self.result = FailedClient(self.job.client_id, self.job.index, ClientFailure(reason, sentence))
 
 
 @dataclass
@@ -245,7 +263,7 @@ class _Process:
         self.task, task.running = task, True
         self.deadline = time.monotonic() + timeout
 
-    def listen(self) -> ClientResult | BaseException | None:
+    def listen(self) -> Outcome | BaseException | None:
         """What the worker says; None if that is only that it has started.
 
         Raises:
@@ -255,7 +273,7 @@ class _Process:
         if not data:
             self.started = True
             return None
-        said: ClientResult | BaseException = pickle.loads(data)
+        said: Outcome | BaseException = pickle.loads(data)
         return said
 
     def end(self) -> None:
@@ -286,7 +304,9 @@ def _serve(connection: Connection, threads: int, core: int | None) -> None:
             broadcast = shared.open()
         assert broadcast is not None
         try:
-            said: Any = worker.train(job, broadcast)
+            said: Any = attempt(job, partial(worker.train, job, broadcast))
+            if isinstance(said, FailedClient) and said.error is not None:
+                said = replace(said, error=_sendable(said.error))
         except BaseException as error:  # noqa: BLE001  # whatever it is, it is for the other side
             said = _sendable(error)
         connection.send_bytes(pickle.dumps(said))

@@ -1,0 +1,164 @@
+"""Which of a round's uploads count: those that can be read, came in time and stand beside the others, in the order asked.
+
+Where nothing needs the whole cohort, uploads are merged as they come and forgotten. What has to wait (until it is known that
+the round has enough of them, until the last is there to choose the first, until there is a cohort to hold each against)
+waits encoded, which for a sparse model is a small part of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lightning_fedsparse.faults import FaultPolicy
+from lightning_fedsparse.payload import Limits, decode
+from lightning_fedsparse.rounds import UploadRule
+from lightning_fedsparse.screening import Screen, Screening
+from lightning_fedsparse.server import ServerState
+from lightning_fedsparse.update import MaskSet, SparseUpdate
+from lightning_fedsparse.validation import check_update
+from lightning_fedsparse.wire import Wire
+
+__all__ = ["Intake", "Upload", "UploadReader"]
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A valid upload.
+
+    Args:
+        client_id: Whose.
+        payload: The bytes.
+        support: The masks that the client was sent.
+        memory: What its callbacks remember if it is merged.
+        seconds: From being asked to having sent.
+        update: What it means; None once it waits.
+    """
+
+    client_id: str
+    payload: bytes
+    support: MaskSet
+    memory: Mapping[str, Any]
+    seconds: float
+    update: SparseUpdate | None = None
+
+
+class UploadReader:
+    """Decodes and checks a round's uploads.
+
+    Args:
+        state: The server's, as broadcast.
+        wire: How values travel.
+        rule: What uploads mean.
+    """
+
+    def __init__(self, state: ServerState, wire: Wire, rule: UploadRule) -> None:
+        self.state = state
+        self.wire = wire
+        self._rule = rule
+        self._travels = wire.rule_for(rule)
+        self._limits = Limits.for_tensors(state.tensors)
+
+    def decode(self, payload: bytes, support: MaskSet) -> SparseUpdate:
+        """What travelled.
+
+        Raises:
+            PayloadError: If it is not what the round expects.
+        """
+        update = decode(payload, reference=support, limits=self._limits)
+        check_update(update, self.state.weights, buffers=self.state.buffers, support=support, rule=self._travels)
+        return update
+
+    def meaning(self, update: SparseUpdate) -> SparseUpdate:
+        """What a decoded update means."""
+        return self.wire.read_upload(update, self.state.weights, self._rule)
+
+    def read(self, upload: Upload) -> SparseUpdate:
+        """What a valid upload means."""
+        return upload.update or self.meaning(self.decode(upload.payload, upload.support))
+
+
+class Intake:
+    """Takes a round's valid uploads one by one and gives those that are to be merged.
+
+    Args:
+        policy: How few are enough and which are preferred.
+        wanted: At most so many are merged.
+        reader: Reads what has waited.
+        screen: Bounds against the cohort; None for none.
+
+    Attributes:
+        refused: Why uploads were screened out, by client id.
+        unused: Clients whose valid uploads are not needed.
+    """
+
+    def __init__(self, policy: FaultPolicy, wanted: int, reader: UploadReader, screen: Screen | None) -> None:
+        self.policy = policy
+        self.reader = reader
+        self._wanted = wanted
+        self._screening = None if screen is None else Screening(screen, reader.state.weights)
+        self._streams = screen is None and policy.accept == "sampled"
+        self._waiting: list[Upload] = []
+        self._merged = 0
+        self._usable = 0
+        self.refused: dict[str, str] = {}
+        self.unused: list[str] = []
+
+    @property
+    def enough(self) -> bool:
+        """Whether the round counts."""
+        return self._merged >= self.policy.min_clients
+
+    @property
+    def missing(self) -> int:
+        """How many more would be merged."""
+        return self._wanted - self._usable
+
+    def add(self, upload: Upload) -> Iterator[Upload]:
+        """Take one; give those that are to be merged by now."""
+        if not self._streams:
+            if self._screening is not None:
+                self._screening.see(upload.client_id, self.reader.read(upload))
+            self._waiting.append(replace(upload, update=None))
+        elif self._usable == self._wanted:
+            self.unused.append(upload.client_id)
+        else:
+            self._usable += 1
+            if self._usable < self.policy.min_clients:
+                self._waiting.append(replace(upload, update=None))
+            else:
+                yield from self._give([*self._waiting, upload])
+                self._waiting = []
+
+    def settle(self) -> Iterator[Upload]:
+        """All that were asked have answered or failed: give those that waited for this, if they are enough."""
+        if self._streams:
+            return
+        self.refused = self._screened()
+        candidates = [upload for upload in self._waiting if upload.client_id not in self.refused]
+        self._usable = min(len(candidates), self._wanted)
+        if len(candidates) < self.policy.min_clients:
+            return
+        chosen = candidates[: self._wanted]
+        if self.policy.accept == "first":
+            chosen = sorted(candidates, key=lambda upload: upload.seconds)[: self._wanted]
+        ids = {upload.client_id for upload in chosen}
+        self.unused = [upload.client_id for upload in candidates if upload.client_id not in ids]
+        # merged in the order asked, whoever was first: that order decides the last bits of a sum
+        self._waiting = []
+        yield from self._give([upload for upload in candidates if upload.client_id in ids])
+
+    def close(self) -> None:
+        """The round has ended: what still waits is not needed."""
+        self.unused += [upload.client_id for upload in self._waiting if upload.client_id not in self.refused]
+        self._waiting = []
+
+    def _give(self, uploads: list[Upload]) -> Iterator[Upload]:
+        self._merged += len(uploads)
+        yield from uploads
+
+    def _screened(self) -> dict[str, str]:
+        if self._screening is None:
+            return {}
+        return self._screening.refused((upload.client_id, self.reader.read(upload)) for upload in self._waiting)
