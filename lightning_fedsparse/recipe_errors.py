@@ -115,8 +115,13 @@ def raised_in(error: BaseException, package: str) -> bool:
 def is_own_sentence(error: BaseException) -> bool:
     """Whether an error was raised by a ``raise`` of this library: then its message was written for the user.
 
-    Any other error is a bug, of the library or of the user's code, and needs its traceback.
+    Any other error is a bug, of the library or of the user's code, and needs its traceback; so does what a client's training
+    raised, where it has ended the run.
     """
+    from lightning_fedsparse.failures import TooFewClientsError  # it imports Lightning, which takes seconds
+
+    if isinstance(error, TooFewClientsError) and error.__cause__ is not None:
+        return is_own_sentence(error.__cause__)
     frame = _raising_frame(error)
     if frame is None or not raised_in(error, "lightning_fedsparse"):
         return False

@@ -104,6 +104,7 @@ class RoundRecord:
         """Everything that a logger can plot, flat; metrics under their own names."""
         own = {name: value for name, value in asdict(self).items() if isinstance(value, int | float)}
         own.pop("round")
+        own["skipped"] = int(self.skipped)
         for direction, traffic in (("down", self.traffic_down), ("up", self.traffic_up)):
             if traffic is not None:
                 for part in ("positions", "values", "header", "bound"):

@@ -75,8 +75,8 @@ class ResidentTrainer:
 def restored_on_error(module: pl.LightningModule) -> Iterator[None]:
     """Put back what a fit that is cut off may leave in a module, apart from its tensors.
 
-    Validation that raises leaves layers in evaluation mode, a toggled optimizer leaves parameters frozen, and where the user
-    sets gradients to zero, those of the last batch would reach the next fit.
+    Validation that raises leaves layers in evaluation mode, a step with a toggled optimizer leaves parameters frozen. Gradients
+    the next fit drops by itself.
     """
     modes = [(layer, layer.training) for layer in module.modules()]
     frozen = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
@@ -86,5 +86,5 @@ def restored_on_error(module: pl.LightningModule) -> Iterator[None]:
         for layer, training in modes:
             layer.training = training
         for parameter, requires_grad in frozen:
-            parameter.requires_grad_(requires_grad).grad = None
+            parameter.requires_grad_(requires_grad)
         raise

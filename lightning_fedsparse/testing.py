@@ -10,7 +10,8 @@ and of an empty folder; it raises ``AssertionError`` with what was expected. Wit
     def test_selections():
         check_two_instances(lambda names: MyCallback(include=names), lambda: [ErrorFeedback()])
 
-Models and data are tiny and made here; a check takes a fraction of a second on a CPU.
+Models and data are tiny and made here; a check takes a fraction of a second on a CPU. Clients that fail on purpose are those of
+:class:`~lightning_fedsparse.testing_faults.FaultyExecutor`, which is here too.
 """
 
 from __future__ import annotations
@@ -30,12 +31,26 @@ from typing_extensions import override
 from lightning_fedsparse.data import FederatedDataModule
 from lightning_fedsparse.evaluation import Evaluation
 from lightning_fedsparse.loop import FederatedLoop
+from lightning_fedsparse.testing_faults import (
+    Fault,
+    FaultPlan,
+    FaultyExecutor,
+    InjectedError,
+    ListedFaults,
+    RandomFaults,
+)
 from lightning_fedsparse.testing_models import EPOCHS, ConvNet, Mlp, fit, loader, make
 
 __all__ = [
     "CHECKS",
     "Check",
     "Factory",
+    "Fault",
+    "FaultPlan",
+    "FaultyExecutor",
+    "InjectedError",
+    "ListedFaults",
+    "RandomFaults",
     "check_accumulates_gradients",
     "check_copies_and_pickles",
     "check_federates",

@@ -11,13 +11,17 @@ import torch
 from lightning.pytorch.profilers import PassThroughProfiler
 
 from lightning_fedsparse import FederatedDataModule, FederatedLoop
-from lightning_fedsparse.callbacks import feddip, fiarse
+from lightning_fedsparse.callbacks import SparsityCallback, feddip, fiarse
 from lightning_fedsparse.capacities import CapacityShares
 from lightning_fedsparse.datasets import OptdigitsDataModule
-from lightning_fedsparse.executors import ProcessExecutor
+from lightning_fedsparse.executors import LocalExecutor, ProcessExecutor
 from lightning_fedsparse.executors.sharing import SharedUpdate
+from lightning_fedsparse.failures import FailureReason, TooFewClientsError
+from lightning_fedsparse.faults import FaultPolicy
 from lightning_fedsparse.models import DigitsCNN, ImageClassifier
 from lightning_fedsparse.partition import DirichletPartition
+from lightning_fedsparse.screening import Screen
+from lightning_fedsparse.testing import Fault, FaultyExecutor, ListedFaults, RandomFaults
 from lightning_fedsparse.update import MaskSet, SparseUpdate
 from tests.test_loop import QUIET, Net, clients, loaders
 
@@ -58,7 +62,18 @@ def raising(trap):
     raise UnsendableError(7, "no such file as part")
 
 
-def run(executor=None, callbacks=None, *, model=None, data=None, rounds=2, per_round=3, trainer=None):
+def run(
+    executor=None,
+    callbacks=None,
+    *,
+    model=None,
+    data=None,
+    rounds=2,
+    per_round=3,
+    trainer=None,
+    faults=None,
+    screen=None,
+):
     torch.manual_seed(0)
     model = model or Net()
     loop = FederatedLoop(
@@ -67,6 +82,8 @@ def run(executor=None, callbacks=None, *, model=None, data=None, rounds=2, per_r
         callbacks,
         {"max_epochs": 1, **(trainer or {})},
         executor=executor,
+        faults=faults,
+        screen=screen,
         evaluation=QUIET,
         console=False,
     )
@@ -124,36 +141,81 @@ def test_a_worker_that_is_killed_is_replaced_and_its_client_runs_again(tmp_path)
     assert not trap.exists()
 
 
-@pytest.mark.slow
-def test_a_client_that_kills_every_worker_ends_the_run(tmp_path):
-    trap = tmp_path / "trap"
-    trap.touch()
-    with pytest.raises(
-        RuntimeError, match=r"to run client 'c\d' in round 1, 3 workers died in it, the last with exit code -9"
-    ):
-        run(ProcessExecutor(1), model=Dying(str(trap), killed))
+class OfOneClient(SparsityCallback):
+    """Does something to the process of one client's training."""
+
+    def __init__(self, deed):
+        self.deed = deed
+
+    def on_train_batch_start(self, *args):
+        if self.client_round.client_id == "c1":
+            self.deed(None)
 
 
 @pytest.mark.slow
-def test_a_worker_that_hangs_is_ended(tmp_path):
-    trap = tmp_path / "trap"
-    executor = ProcessExecutor(1, timeout=1.5)
-    model = Dying(str(trap), hung)
-    run(executor, model=model)
-    trap.touch()
-    with pytest.raises(
-        RuntimeError, match=r"client 'c\d' in round 1 to take at most 1.5 seconds, its worker was ended"
-    ):
-        run(executor, model=model)
+@pytest.mark.parametrize(
+    ("deed", "limits", "reason", "words"),
+    [
+        (
+            killed,
+            {},
+            FailureReason.WORKER_DIED,
+            "to run client 'c1' in round 1, 3 workers died in it, the last with exit code -9",
+        ),
+        (
+            hung,
+            {"timeout": 1.5},
+            FailureReason.TIMED_OUT,
+            "client 'c1' in round 1 to take at most 1.5 seconds, its worker was ended",
+        ),
+        (
+            hung,
+            {"deadline": 1.5},
+            FailureReason.LATE,
+            "client 'c1' in round 1 to take at most 1.5 seconds, its worker was ended",
+        ),
+    ],
+)
+def test_a_client_that_kills_or_hangs_its_workers_fails_and_the_others_go_on(deed, limits, reason, words):
+    executor = ProcessExecutor(1, timeout=limits.get("timeout", 60.0))
+    faults = FaultPolicy(deadline=limits.get("deadline"))
+    found = run(executor, [OfOneClient(deed)], rounds=1, per_round=6, faults=faults)
+    record = found[2].history[1]
+    assert {name: failure.reason for name, failure in record.failures.items()} == {"c1": reason}
+    assert words in record.failures["c1"].sentence
+    expected = run(FaultyExecutor(LocalExecutor(), ListedFaults({(0, "c1"): Fault.DROPPED})), rounds=1, per_round=6)
+    assert found[1].keys() == expected[1].keys()
+    assert all(torch.equal(tensor, expected[1][name]) for name, tensor in found[1].items())
 
 
 @pytest.mark.slow
-def test_what_a_client_raises_arrives(tmp_path):
+def test_what_all_clients_raise_arrives_and_ends_the_run(tmp_path):
     trap = tmp_path / "trap"
     trap.touch()
-    with pytest.raises(RuntimeError, match="UnsendableError: no such file as part 7") as caught:
+    with pytest.raises(TooFewClientsError, match="UnsendableError: no such file as part 7") as caught:
         run(ProcessExecutor(1), model=Dying(str(trap), raising))
-    assert "in training_step" in str(caught.value.__cause__)  # where it was raised
+    error = caught.value.__cause__
+    assert str(error) == "UnsendableError: no such file as part 7"
+    assert "in training_step" in str(error.__cause__)  # where it was raised
+
+
+@pytest.mark.slow
+def test_faults_are_those_of_one_process_whatever_the_number_of_workers():
+    def faulty(executor):
+        return FaultyExecutor(executor, RandomFaults(0.4, seed=2))
+
+    arguments = {
+        "callbacks": feddip(0.8, reconfigure_every=1, residual="keep"),
+        "faults": FaultPolicy(min_clients=3, tries=2, deadline=1000, when_fewer="skip"),
+        "screen": Screen(norm=20.0),
+        "rounds": 5,
+        "per_round": 5,
+    }
+    one, two = run(faulty(LocalExecutor()), **arguments), run(faulty(ProcessExecutor(2)), **arguments)
+    assert_same(two, one)
+    failures = [record.failures for record in one[2].history]
+    assert [record.failures for record in two[2].history] == failures
+    assert sum(map(len, failures)) > 5
 
 
 @pytest.mark.parametrize(
