@@ -93,6 +93,16 @@ def test_who_missed_rounds_gets_the_changes_from_what_it_holds_or_all_of_the_mas
     assert len(broadcaster.versions) == broadcaster.kept_versions
 
 
+def test_of_whom_nothing_is_known_gets_full_positions(state):
+    broadcaster = Broadcaster()
+    move_masks(state, 0)
+    sent(broadcaster, state, 0, 1)
+    broadcaster.forget("c0")
+    broadcaster.forget("c7")  # who was never sent anything
+    unknown, known = sent(broadcaster, state, 0, 1)
+    assert (unknown.reference_id, known.reference_id) == (None, state.masks.id)
+
+
 def test_what_many_clients_get_is_coded_once(state, monkeypatch):
     calls = []
     original = broadcasting.Wire.encode_broadcast

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from lightning_fedsparse.cli import main
+from lightning_fedsparse.failures import TooFewClientsError
 from lightning_fedsparse.recipe import shipped_recipes
 
 SHORT = ("--loop.rounds=2", "--loop.trainer.max_epochs=1", "--loop.trainer.limit_train_batches=2")
@@ -237,6 +239,68 @@ def test_an_error_that_is_not_a_sentence_of_ours_keeps_its_traceback() -> None:
     )
     with pytest.raises(ValueError, match="^mine$"):
         main(["run", "quickstart", "--model.network=my_broken.Broken"])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--loop.faults.min_clients=2", "--loop.faults.when_fewer=skip", "--loop.screen.norm=5"],
+        ["--config=policy.yaml"],
+    ],
+)
+def test_what_becomes_of_failing_clients_is_in_the_recipe(given: list[str]) -> None:
+    Path("policy.yaml").write_text(
+        "loop:\n"
+        "  faults: {class_path: lightning_fedsparse.faults.FaultPolicy, init_args: {min_clients: 2, when_fewer: skip}}\n"
+        "  screen: {class_path: lightning_fedsparse.screening.Screen, init_args: {norm: 5.0}}\n",
+        encoding="utf-8",
+    )
+    assert main(["run", "quickstart", *SHORT, *given]) == 0
+    recipe = yaml.safe_load(Path("runs/quickstart/recipe.yaml").read_text(encoding="utf-8"))["loop"]
+    faults = recipe["faults"].get("init_args", recipe["faults"])
+    assert (faults["min_clients"], faults["when_fewer"], faults["tries"]) == (2, "skip", 1)
+    assert recipe["screen"].get("init_args", recipe["screen"])["norm"] == 5.0
+    assert main(["run", "runs/quickstart/recipe.yaml", "--loop.default_root_dir=again"]) == 0
+    assert history(Path("again")) == history(Path("runs/quickstart"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("--loop.faults.min_clients=0", "expected min_clients to be at least 1, got 0"),
+        ("--loop.faults.when_fewer=retry", "expected loop.faults.when_fewer"),
+        ("--loop.faults.min_clients=100", "expected min_clients of at most 5, the clients per round, got 100"),
+        ("--loop.screen.cosine=2", "expected cosine in [-1, 1), got 2.0"),
+    ],
+)
+def test_a_policy_that_is_wrong_is_an_error_at_once(
+    given: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "quickstart", *SHORT, given]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_what_every_client_raises_keeps_its_traceback() -> None:
+    Path("my_wrong.py").write_text(
+        "from torch import nn\n"
+        "class Wrong(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.layer = nn.Linear(64, 10)\n"
+        "    def forward(self, x):\n"
+        "        return self.layer(x.flatten(1)) if not self.training else self.leyer(x)\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(TooFewClientsError, match="has no attribute 'leyer'") as caught:
+        main(["run", "quickstart", *SHORT, "--model.network=my_wrong.Wrong"])
+    assert isinstance(caught.value.__cause__, AttributeError)
+
+
+def test_a_sentence_of_ours_from_every_client_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "quickstart", *SHORT, "--loop.trainer.max_epochs=0"]) == 1
+    assert capsys.readouterr().err.startswith(
+        "error: expected at least 1 of the 5 clients of round 1 to return, got 0 (5 no step); client '"
+    )
 
 
 # -- processes ---------------------------------------------------------------------------------------------------------

@@ -164,17 +164,18 @@ class OfOneClient(SparsityCallback):
         ),
         (
             hung,
-            {"timeout": 1.5},
+            {"timeout": 6.0},
             FailureReason.TIMED_OUT,
-            "client 'c1' in round 1 to take at most 1.5 seconds, its worker was ended",
+            "client 'c1' in round 1 to take at most 6 seconds, its worker was ended",
         ),
         (
             hung,
-            {"deadline": 1.5},
+            {"deadline": 6.0},
             FailureReason.LATE,
-            "client 'c1' in round 1 to take at most 1.5 seconds, its worker was ended",
+            "client 'c1' in round 1 to take at most 6 seconds, its worker was ended",
         ),
     ],
+    ids=["killed", "hung", "late"],
 )
 def test_a_client_that_kills_or_hangs_its_workers_fails_and_the_others_go_on(deed, limits, reason, words):
     executor = ProcessExecutor(1, timeout=limits.get("timeout", 60.0))

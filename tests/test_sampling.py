@@ -82,3 +82,28 @@ def test_empty_cohort(count):
 def test_more_than_there_are():
     with pytest.raises(ValueError, match="expected at most 50 clients per round, as many as there are, got 51"):
         UniformSampling().sample(IDS, 51, seed=0, round_index=0)
+
+
+@given(count=st.integers(1, 20), asked=st.integers(0, 30), draw=st.integers(0, 5), seed=st.integers(0, 2**64))
+def test_a_further_draw_takes_others(count, asked, draw, seed):
+    before = IDS[:asked]
+    cohort = UniformSampling().sample(IDS, count, seed=seed, round_index=3, draw=draw, excluded=before)
+    assert len(cohort) == len(set(cohort)) == count
+    assert set(cohort) <= set(IDS) - set(before)
+
+
+def test_further_draws_are_as_uniform_and_differ():
+    draws = [
+        UniformSampling().sample(IDS[:10], 3, seed=0, round_index=i, draw=1, excluded=IDS[:4]) for i in range(2000)
+    ]
+    taken = Counter(client for cohort in draws for client in cohort)
+    # 1000 of each expected, standard deviation 22
+    assert taken.keys() == set(IDS[4:10])
+    assert all(abs(count - 1000) < 5 * 22 for count in taken.values())
+    first, second = (UniformSampling().sample(IDS, 10, seed=0, round_index=0, draw=draw) for draw in (0, 1))
+    assert first != second
+
+
+def test_more_than_are_left():
+    with pytest.raises(ValueError, match="expected at most 10 clients per round, as many as there are, got 11"):
+        UniformSampling().sample(IDS, 11, seed=0, round_index=0, excluded=IDS[:40])
