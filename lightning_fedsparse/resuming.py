@@ -17,8 +17,19 @@ if TYPE_CHECKING:
 
 __all__ = ["flat", "recipe_of", "require_same_model", "require_same_run"]
 
-FREE = ("rounds", "executor", "logger", "evaluation", "fresh_trainer", "checkpointing", "default_root_dir", "console")
-"""Arguments of the loop that a resumed run may change: the rounds that are done would have been the same."""
+FREE = (
+    "rounds",
+    "executor",
+    "faults",
+    "logger",
+    "evaluation",
+    "fresh_trainer",
+    "checkpointing",
+    "default_root_dir",
+    "console",
+)
+"""Arguments of the loop that a resumed run may change: the rounds that are done would have been the same. But for ``faults``: a
+run that ended because too few clients returned must be able to go on, and each record says how its round came about."""
 
 _ARGUMENTS = (
     "clients_per_round",
@@ -27,6 +38,7 @@ _ARGUMENTS = (
     "aggregator",
     "server_optimizer",
     "wire",
+    "screen",
     "buffers",
     "seed",
     "threads",

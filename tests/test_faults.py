@@ -469,12 +469,12 @@ EXPECTED = {
 MIXED = RandomFaults(0.3, seed=1, kinds=[*EXPECTED, Fault.TWICE])
 
 
-def mixed(executor: Executor | None = None, *, rounds=20, root=None, ckpt_path=None, methods=()):
+def mixed(executor: Executor | None = None, *, rounds=20, root=None, ckpt_path=None):
     torch.manual_seed(0)
     loop = FederatedLoop(
         rounds,
         10,
-        [*moving(), *methods],
+        moving(),
         executor=FaultyExecutor(executor or LocalExecutor(), MIXED),
         faults=FaultPolicy(min_clients=8, tries=3, oversample=1, deadline=1000),
         screen=Screen(norm=20.0),
@@ -504,15 +504,16 @@ def test_with_30_percent_of_client_rounds_failing_the_run_completes_and_reports_
 
 
 def test_a_run_with_failures_resumes_to_the_bit(tmp_path):
-    class Stop(SparsityCallback):
-        def on_server_round_end(self, state, server_round):
-            if server_round.index == 5:
-                raise RuntimeError("power cut")
-            return state
+    class Cut(LocalExecutor):
+        def run(self, worker, jobs):
+            for job in jobs:
+                if job.index == 5:
+                    raise RuntimeError("power cut")
+                yield from super().run(worker, [job])
 
     whole = mixed(rounds=9, root=tmp_path / "whole")
     with pytest.raises(RuntimeError, match="power cut"):
-        mixed(rounds=9, root=tmp_path / "cut", methods=[Stop()])
+        mixed(Cut(), rounds=9, root=tmp_path / "cut")
     resumed = mixed(rounds=9, root=tmp_path / "cut", ckpt_path="last")
     assert_same(weights(resumed), weights(whole))
     assert_same(memories(resumed), memories(whole))
@@ -524,6 +525,18 @@ def test_a_run_with_failures_resumes_to_the_bit(tmp_path):
         return [{k: v for k, v in row.items() if "seconds" not in k and k != "stray_results"} for row in rows]
 
     assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+
+
+def test_a_run_that_ended_goes_on_with_another_policy_but_not_with_another_screen(tmp_path):
+    plan = {(1, name): Fault.DROPPED for name in clients()}
+    with pytest.raises(TooFewClientsError, match="round 2"):
+        run(plan, default_root_dir=tmp_path)
+    other = run(plan, default_root_dir=tmp_path, screen=Screen(norm=2.0), fit=False)
+    with pytest.raises(ValueError, match=r"got another: arguments.screen"):
+        other.fit(Net(), loaders(clients()), ckpt_path="last")
+    loop = run(plan, default_root_dir=tmp_path, faults=FaultPolicy(when_fewer="skip"), fit=False)
+    loop.fit(Net(), loaders(clients()), ckpt_path="last")
+    assert [record.skipped for record in loop.history] == [False, False, True, False]
 
 
 # -- the record --------------------------------------------------------------------------------------------------------

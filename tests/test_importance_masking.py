@@ -27,6 +27,7 @@ from lightning_fedsparse.callbacks import (
 from lightning_fedsparse.capacities import CapacityList, CapacityShares
 from lightning_fedsparse.client import ClientWorker
 from lightning_fedsparse.evaluation import Evaluation, evaluate
+from lightning_fedsparse.failures import TooFewClientsError
 from lightning_fedsparse.masks import importance_masks, importance_threshold
 from lightning_fedsparse.partition import IidPartition
 from lightning_fedsparse.payload import decode, encode
@@ -573,7 +574,9 @@ def test_clients_without_a_capacity_use_the_methods_own() -> None:
 
 
 def test_a_changed_upload_before_the_delta_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected an update on the masks of the broadcast to turn into a delta"):
+    with pytest.raises(
+        TooFewClientsError, match="expected an update on the masks of the broadcast to turn into a delta"
+    ):
         run(1, [TopKAfterTraining(ConstantSchedule(0.5)), *fiarse()])
 
 

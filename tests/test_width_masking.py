@@ -18,6 +18,7 @@ from lightning_fedsparse.aggregation import MaskedMean
 from lightning_fedsparse.callbacks import SparsityCallback, TopKAfterTraining, WidthMasking
 from lightning_fedsparse.capacities import CapacityList
 from lightning_fedsparse.evaluation import Evaluation, evaluate
+from lightning_fedsparse.failures import TooFewClientsError
 from lightning_fedsparse.models import DigitsCNN, ImageClassifier
 from lightning_fedsparse.quiet import QUIET_TRAINER, quiet_lightning
 from lightning_fedsparse.schedules import ConstantSchedule
@@ -355,7 +356,7 @@ def test_a_changed_upload_before_the_delta_is_refused() -> None:
         def upload_rule(self, *args: Any) -> None:
             return None
 
-    with pytest.raises(ValueError, match="put callbacks that change the upload after WidthMasking"):
+    with pytest.raises(TooFewClientsError, match="put callbacks that change the upload after WidthMasking"):
         run(1, [Cut(ConstantSchedule(0.5)), WidthMasking()])
 
 
