@@ -288,10 +288,10 @@ def test_what_every_client_raises_keeps_its_traceback() -> None:
         "        super().__init__()\n"
         "        self.layer = nn.Linear(64, 10)\n"
         "    def forward(self, x):\n"
-        "        return self.layer(x.flatten(1)) if not self.training else self.leyer(x)\n",
+        "        return self.layer(x.flatten(1)) if not self.training else self.no_such(x)\n",
         encoding="utf-8",
     )
-    with pytest.raises(TooFewClientsError, match="has no attribute 'leyer'") as caught:
+    with pytest.raises(TooFewClientsError, match="has no attribute 'no_such'") as caught:
         main(["run", "quickstart", *SHORT, "--model.network=my_wrong.Wrong"])
     assert isinstance(caught.value.__cause__, AttributeError)
 

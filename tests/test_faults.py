@@ -276,14 +276,14 @@ def test_a_client_that_vanishes_comes_back_with_an_old_mask_and_is_brought_up_to
 def test_if_every_client_raises_the_run_ends_with_the_first_error_as_the_cause():
     class Wrong(Net):
         def training_step(self, batch, batch_idx):
-            return self.frist(batch)
+            return self.no_such(batch)
 
     with pytest.raises(TooFewClientsError) as caught:
         run(model=Wrong())
     assert str(caught.value).startswith(
         "expected at least 1 of the 4 clients of round 1 to return, got 0 (4 exception); client 'c"
     )
-    assert "AttributeError: 'Wrong' object has no attribute 'frist'" in str(caught.value)
+    assert "AttributeError: 'Wrong' object has no attribute 'no_such'" in str(caught.value)
     assert isinstance(caught.value.__cause__, AttributeError)
     assert caught.value.__cause__.__traceback__ is not None
 
