@@ -6,7 +6,7 @@ Rows are plain aligned text, so that a log file reads like the screen; only the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from lightning_fedsparse.accounting import Traffic
-from lightning_fedsparse.failures import ClientFailure, FailureReason
+from lightning_fedsparse.failures import ClientFailure, FailureReason, count_reasons
 from lightning_fedsparse.records import RoundRecord
 
 __all__ = ["Console"]
@@ -77,9 +77,8 @@ class Console:
             self._start_table(record)
         self._line(self._format(record))
         if record.failures:
-            self._note(
-                f"{record.clients_failed} of {record.clients_sampled} clients failed: {_by_reason(record.failures)}"
-            )
+            reasons = count_reasons(record.failures.values())
+            self._note(f"{record.clients_failed} of {record.clients_sampled} clients failed: {reasons}")
         if record.skipped:
             self._note("too few clients returned: the global model stays as it was")
         self._last = record
@@ -210,11 +209,6 @@ def _failed(history: Sequence[RoundRecord]) -> list[tuple[str, str]]:
         most = ", ".join(f"{client_id!r} {count}" for client_id, count in clients.most_common(_NAMED_CLIENTS))
         lines.append((f"  {reason.words}", f"{clients.total()}, most of client {most}"))
     return lines
-
-
-def _by_reason(failures: Mapping[str, ClientFailure]) -> str:
-    counts = Counter(failure.reason.words for failure in failures.values())
-    return ", ".join(f"{count} {words}" for words, count in counts.most_common())
 
 
 def _against_dense(measured: int, dense: int) -> str:

@@ -7,6 +7,8 @@ failure: they end the run.
 from __future__ import annotations
 
 import traceback
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -20,6 +22,7 @@ __all__ = [
     "LossNotFiniteError",
     "NoStepError",
     "TooFewClientsError",
+    "count_reasons",
     "failure_of",
 ]
 
@@ -119,6 +122,18 @@ def failure_of(error: Exception) -> ClientFailure:
         return ClientFailure(FailureReason.LOSS_NOT_FINITE, str(error))
     oom = isinstance(error, MemoryError) or is_oom_error(error)
     return ClientFailure(FailureReason.OUT_OF_MEMORY if oom else FailureReason.EXCEPTION, _sentence(error))
+
+
+def count_reasons(failures: Iterable[ClientFailure]) -> str:
+    """How often each reason came, the most frequent first, for a reader.
+
+    Example:
+        >>> late, silent = ClientFailure(FailureReason.LATE, "..."), ClientFailure(FailureReason.NO_UPLOAD, "...")
+        >>> count_reasons([silent, late, late])
+        '2 late, 1 no upload'
+    """
+    counts = Counter(failure.reason.words for failure in failures)
+    return ", ".join(f"{count} {words}" for words, count in counts.most_common())
 
 
 def _sentence(error: Exception) -> str:

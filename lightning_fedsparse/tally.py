@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lightning_fedsparse.accounting import Traffic
-from lightning_fedsparse.failures import ClientFailure, TooFewClientsError
+from lightning_fedsparse.failures import ClientFailure, TooFewClientsError, count_reasons
 from lightning_fedsparse.faults import Accept
 from lightning_fedsparse.records import RoundRecord
 from lightning_fedsparse.update import SparseUpdate
@@ -61,10 +60,9 @@ class RoundTally:
             f"expected at least {needed} of the {asked} clients of round {number} to return, got {returned}"
             f"{f' after asking {self.tries} times' if self.tries > 1 else ''}"
         )
-        counts = Counter(failure.reason.words for failure in self.failures.values())
-        reasons = ", ".join(f"{count} {words}" for words, count in counts.most_common())
         first = next(iter(self.failures), None)
         if first is not None:
+            reasons = count_reasons(self.failures.values())
             text += f" ({reasons}); client {first!r}: {self.failures[first].sentence}"
         return TooFewClientsError(text)
 
