@@ -91,7 +91,7 @@ class Receiver:
         seconds = result.seconds + (transfer or 0.0)
         deadline = self._intake.policy.deadline
         if deadline is not None and seconds > deadline:
-            sentence = f"expected its upload within {deadline:g} seconds, it took {seconds:.3g}"
+            sentence = f"expected its upload within {deadline:g} seconds, it took {seconds:.4g}"
             self._fail(client_id, ClientFailure(FailureReason.LATE, sentence))
             return None
         return Upload(client_id, payload, support, result.memory, seconds, self._reader.meaning(update))

@@ -397,7 +397,7 @@ def test_the_first_to_come_are_merged_in_the_order_asked():
 def test_who_takes_longer_than_the_deadline_is_late_and_its_transfer_counts():
     loop = run(always("c3", Fault.STRAGGLES), per_round=6, faults=FaultPolicy(deadline=1000))
     assert reasons(loop) == [{"c3": FailureReason.LATE}] * 3
-    assert "expected its upload within 1000 seconds, it took 3.6e+03" in loop.history[1].failures["c3"].sentence
+    assert "expected its upload within 1000 seconds, it took 360" in loop.history[1].failures["c3"].sentence
     assert loop.history[1].clients["c3"].up is not None  # its bytes came, if too late
     slow = Wire(link=Link(up_mbps=1), links={"c1": Link(up_mbps=1e-9)})
     loop = run({}, per_round=6, wire=slow, faults=FaultPolicy(deadline=1000))
