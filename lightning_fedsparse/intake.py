@@ -66,7 +66,7 @@ class UploadReader:
         Raises:
             PayloadError: If it is not what the round expects.
         """
-        update = decode(payload, reference=support, limits=self._limits)
+        update = decode(payload, schema=self.state.schema, reference=support, limits=self._limits)
         check_update(update, self.state.weights, buffers=self.state.buffers, support=support, rule=self._travels)
         return update
 
