@@ -189,6 +189,9 @@ def _cost(history: Sequence[RoundRecord]) -> list[tuple[str, str]]:
     transfers = [record.transfer_seconds for record in history if record.transfer_seconds is not None]
     if transfers:
         lines.append(("transfer", f"{_duration(sum(transfers))} on the clients' links, the slowest of each round"))
+    evicted = sum(len(record.evicted_memories) for record in history)
+    if evicted:
+        lines.append(("memories", f"{evicted} given up for their quota, of the clients not sampled for longest"))
     return lines
 
 

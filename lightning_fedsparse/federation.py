@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 
 from lightning_fedsparse.broadcasting import Broadcaster, pack_masks, unpack_masks
 from lightning_fedsparse.callbacks.base import SparsityCallback
+from lightning_fedsparse.memories import ClientMemories, HeldMemories
 from lightning_fedsparse.resuming import require_same_model
 from lightning_fedsparse.seeding import derive_seed
 from lightning_fedsparse.server import ServerOptimizer, ServerState
@@ -33,7 +34,7 @@ class Federation:
     optimizer: ServerOptimizer
     broadcaster: Broadcaster = field(default_factory=Broadcaster)
     methods: Sequence[SparsityCallback] = ()
-    memories: dict[str, dict[str, Any]] = field(default_factory=dict)
+    memories: ClientMemories = field(default_factory=HeldMemories)
 
     def start(self, module: pl.LightningModule, seed: int) -> None:
         """Let every method make its server's state, before round 0 and before a checkpoint replaces it."""
@@ -50,7 +51,7 @@ class Federation:
             "callbacks": {method.state_key: method.state_dict() for method in self.methods},
             "optimizer": self.optimizer.state_dict(),
             "broadcaster": self.broadcaster.state_dict(),
-            "memories": self.memories,
+            **self.memories.state_dict(),
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -68,6 +69,6 @@ class Federation:
         )
         self.optimizer.load_state_dict(self.state, saved["optimizer"])
         self.broadcaster.load_state_dict(saved["broadcaster"])
-        self.memories = saved["memories"]
+        self.memories.load_state_dict(saved)
         for method in self.methods:
             method.on_server_resume(self.state)

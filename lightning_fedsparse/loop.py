@@ -43,6 +43,7 @@ from lightning_fedsparse.federation import Federation
 from lightning_fedsparse.global_model import GlobalModel
 from lightning_fedsparse.intake import Intake, UploadReader
 from lightning_fedsparse.loop_arguments import require_model_and_data, require_parts, trainer_arguments
+from lightning_fedsparse.memories import ClientMemories, HeldMemories
 from lightning_fedsparse.receiving import Receiver
 from lightning_fedsparse.records import RoundRecord
 from lightning_fedsparse.resuming import recipe_of, require_same_run
@@ -87,6 +88,7 @@ class FederatedLoop:
         fresh_trainer: Build a new Trainer for every client round, for callbacks that change the Trainer for good; the
             result is the same, each client round takes about 3 ms longer.
         threads: Torch threads of the run; part of what makes results repeatable to the bit.
+        memories: Where clients' memories are kept between rounds; in this process if None, else ``SpilledMemories``.
         checkpointing: When the federation is saved and which checkpoints stay; after every round and the latest if None.
         default_root_dir: Run folder for ``history.jsonl`` and ``checkpoints/``; nothing is written if None.
         console: Show a progress bar, one row per round and a closing summary.
@@ -115,6 +117,7 @@ class FederatedLoop:
         seed: int = 0,
         fresh_trainer: bool = False,
         threads: int = 1,
+        memories: ClientMemories | None = None,
         checkpointing: Checkpointing | None = None,
         default_root_dir: str | Path | None = None,
         console: bool = True,
@@ -130,6 +133,7 @@ class FederatedLoop:
             faults=faults,
             screen=screen,
             evaluation=evaluation,
+            memories=memories,
             checkpointing=checkpointing,
         )
         self.rounds = rounds
@@ -148,6 +152,7 @@ class FederatedLoop:
         self.seed = seed
         self.fresh_trainer = fresh_trainer
         self.threads = threads
+        self.memories = HeldMemories() if memories is None else memories
         self.folder = RunFolder(default_root_dir, checkpointing)
         self.console = Console(rounds, quiet=not console)
         self.history: list[RoundRecord] = []
@@ -231,6 +236,7 @@ class FederatedLoop:
         mean = self._aggregate(updates, rule, index + 1, tally)
         if mean is not None:
             self._server_step(mean, server_round, tally.merged)
+        tally.evicted_memories = self.memories.end_round(index + 1)
         self._record(index + 1, tally, server_round.metrics, started)
 
     def _upload_rule(self, server_round: ServerRound) -> UploadRule:
@@ -280,7 +286,7 @@ class FederatedLoop:
                 derive_seed(self.seed, "client", index, client_id),
                 sent.payload,
                 sent.reference_id,
-                self._federation.memories.get(client_id, {}),
+                self.memories.take(client_id),
                 broadcaster.kept_versions,
                 self.faults.deadline,
             )
@@ -324,7 +330,11 @@ class FederatedLoop:
         for logger in self.loggers:
             logger.log_metrics(record.scalars, step=done)
         self.console.row(record)
-        self.folder.save(self.history, self.rounds, lambda: {"recipe": self._recipe, **self._federation.state_dict()})
+        kept = self.folder.save(
+            self.history, self.rounds, lambda: {"recipe": self._recipe, **self._federation.state_dict()}
+        )
+        if kept:
+            self.memories.saved(kept)
         if done and (evaluated or not self._evaluator.is_due(self.rounds, self.rounds)):
             self.folder.checkpointing.require_monitor(self.history)
 
@@ -339,7 +349,7 @@ class FederatedLoop:
         self._methods = [callback for callback in self.callbacks if isinstance(callback, SparsityCallback)]
         state = replace(ServerState.of(model), capacities=data.capacities)
         self._federation = Federation(
-            state, ServerOptimizer(self.server_optimizer), Broadcaster(self.wire), self._methods
+            state, ServerOptimizer(self.server_optimizer), Broadcaster(self.wire), self._methods, self.memories
         )
         measured = self.buffers == "recalibrate"
         self._global = GlobalModel(model, self._federation, data, self.trainer, measured=measured, seed=self.seed)
@@ -365,6 +375,7 @@ class FederatedLoop:
             self.folder.start()
         saved = None if ckpt_path is None else self.folder.load(ckpt_path)
         done: int = saved["round"] if saved else 0
+        self.memories.start(self.folder.path, fresh=ckpt_path is None)
         if saved:
             require_same_run(saved, self._recipe, self.rounds)
             self._federation.load_state_dict(saved)

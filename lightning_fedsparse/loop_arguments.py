@@ -13,6 +13,7 @@ from lightning_fedsparse.data import FederatedDataModule
 from lightning_fedsparse.evaluation import Evaluation
 from lightning_fedsparse.executors.local import Executor
 from lightning_fedsparse.faults import FaultPolicy
+from lightning_fedsparse.memories import ClientMemories
 from lightning_fedsparse.screening import Screen
 from lightning_fedsparse.wire import Wire
 
@@ -26,6 +27,7 @@ _PARTS: dict[str, tuple[type, str]] = {
     "screen": (Screen, "Screen(norm=5.0)"),
     "evaluation": (Evaluation, 'Evaluation(split="test")'),
     "wire": (Wire, 'Wire(uploads="int8")'),
+    "memories": (ClientMemories, "SpilledMemories()"),
     "checkpointing": (Checkpointing, "Checkpointing(every_n_rounds=5)"),
 }
 

@@ -101,7 +101,7 @@ class Receiver:
     def _merge(self, upload: Upload) -> SparseUpdate:
         update = self._reader.read(upload)
         if upload.memory:
-            self._federation.memories[upload.client_id] = dict(upload.memory)
+            self._federation.memories.put(upload.client_id, upload.memory)
         self._tally.merged.append(upload.client_id)
         self._tally.add_loss(update)
         for method in self._methods:

@@ -46,6 +46,7 @@ class RoundRecord:
         tries: How many times the round asked clients.
         accept: Which valid updates are merged where there are too many: ``"sampled"`` or ``"first"``.
         skipped: Too few clients returned and the global model is as before the round.
+        evicted_memories: Clients whose memory was given up after the round, for the quota of ``SpilledMemories``.
     """
 
     round: int
@@ -72,6 +73,7 @@ class RoundRecord:
     tries: int = 1
     accept: Accept = "sampled"
     skipped: bool = False
+    evicted_memories: list[str] = field(default_factory=list)
 
     @classmethod
     def from_json(cls, line: str) -> RoundRecord:

@@ -21,6 +21,7 @@ FREE = (
     "rounds",
     "executor",
     "faults",
+    "memories",
     "logger",
     "evaluation",
     "fresh_trainer",
@@ -28,8 +29,9 @@ FREE = (
     "default_root_dir",
     "console",
 )
-"""Arguments of the loop that a resumed run may change: the rounds that are done would have been the same. But for ``faults``: a
-run that ended because too few clients returned must be able to go on, and each record says how its round came about."""
+"""Arguments of the loop that a resumed run may change: the rounds that are done would have been the same. But for ``faults``
+and a quota of ``memories``: a run that ended because too few clients returned, or that gives up memories, must be able to go on,
+and each record says how its round came about."""
 
 _ARGUMENTS = (
     "clients_per_round",

@@ -129,7 +129,7 @@ class RunFolder:
         if self.path is not None:
             append_record(self.path / "history.jsonl", record)
 
-    def save(self, history: Sequence[RoundRecord], total: int, content: Callable[[], Mapping[str, Any]]) -> None:
+    def save(self, history: Sequence[RoundRecord], total: int, content: Callable[[], Mapping[str, Any]]) -> list[int]:
         """Save the round that was recorded last, if it is time.
 
         Args:
@@ -137,19 +137,22 @@ class RunFolder:
             total: Rounds of the run.
             content: Makes what a checkpoint holds beside its row of the history.
 
+        Returns:
+            Rounds of all checkpoints that are kept now; nothing if none was saved.
+
         Raises:
             OSError: If it can't be written; the last checkpoint is then as it was.
         """
         last = history[-1]
         if self.checkpoint is None or not self.checkpointing.is_due(last.round, total):
-            return
+            return []
         saved = {"round": last.round, "record": last.to_json(), **content()}
-        if last.round and self.checkpointing.monitor is not None:
-            self._keep_best(history, saved)
+        kept = self._keep_best(history, saved) if last.round and self.checkpointing.monitor is not None else []
         # the last one comes last: a run that ends before it does this round again, and what stands above with it
         save_checkpoint(self.checkpoint, saved)
+        return [last.round, *kept]
 
-    def _keep_best(self, history: Sequence[RoundRecord], saved: Mapping[str, Any]) -> None:
+    def _keep_best(self, history: Sequence[RoundRecord], saved: Mapping[str, Any]) -> list[int]:
         assert self.checkpoint is not None
         folder = self.checkpoint.parent
         files = {int(path.stem.partition("=")[2]): path for path in folder.glob("round=*.ckpt")}
@@ -160,6 +163,7 @@ class RunFolder:
         for number in files.keys() - {*best}:
             with writing(files[number]):
                 files[number].unlink()
+        return best
 
     def _discard_start(self, history: Path) -> None:
         if not history.exists():

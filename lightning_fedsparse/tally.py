@@ -31,6 +31,7 @@ class RoundTally:
         tries: How many times clients were asked.
         accept: Which updates are preferred.
         skipped: Whether there were too few to be merged.
+        evicted_memories: Clients whose memory was given up.
     """
 
     merged: list[str] = field(default_factory=list)
@@ -43,6 +44,7 @@ class RoundTally:
     tries: int = 0
     accept: Accept = "sampled"
     skipped: bool = False
+    evicted_memories: list[str] = field(default_factory=list)
     _loss_sum: float = 0.0
     _loss_examples: int = 0
 
@@ -104,4 +106,5 @@ class RoundTally:
             tries=self.tries,
             accept=self.accept,
             skipped=self.skipped,
+            evicted_memories=self.evicted_memories,
         )

@@ -1,0 +1,358 @@
+"""Clients' memories: in files as in this process, as of the checkpoint wherever a run is killed, within their quota."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_fedsparse import FederatedLoop
+from lightning_fedsparse.callbacks import CompressionMemory, feddip
+from lightning_fedsparse.callbacks.base import SparsityCallback
+from lightning_fedsparse.checkpoint import load_checkpoint
+from lightning_fedsparse.cli import main
+from lightning_fedsparse.memories import HeldMemories, SpilledMemories
+from lightning_fedsparse.records import RoundRecord
+from lightning_fedsparse.wire import Wire
+from tests.test_loop import QUIET, Net, clients, loaders
+
+
+def spilled(folder, **arguments):
+    memories = SpilledMemories(folder, **arguments)
+    memories.start(None, fresh=not folder.exists())
+    return memories
+
+
+def remember(number, size=4):
+    return {"method": {"residual": {"weight": torch.full((size,), float(number))}, "mask_id": None}}
+
+
+def number_of(memory):
+    return int(memory["method"]["residual"]["weight"][0])
+
+
+def files(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# -- one store ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_put_is_taken_and_nothing_else(tmp_path):
+    for memories in (HeldMemories(), spilled(tmp_path / "memories")):
+        memories.put("a/b", remember(1))
+        memories.put("a/b", remember(2))
+        assert number_of(memories.take("a/b")) == 2
+        assert memories.take("a/b")["method"]["mask_id"] is None
+        assert memories.take("other") == {}
+        assert list(memories) == ["a/b"]
+        assert len(memories) == 1
+    assert len(files(tmp_path / "memories")) == 1  # whatever the client is called
+
+
+def test_a_file_is_read_when_its_client_is_sampled_and_not_before(tmp_path, monkeypatch):
+    memories = spilled(tmp_path)
+    for number in range(3):
+        memories.put(str(number), remember(number))
+    memories.end_round(1)
+    again = SpilledMemories(tmp_path)
+    again.start(None, fresh=False)
+    reads = []
+    monkeypatch.setattr(torch, "load", lambda *args, load=torch.load, **named: reads.append(1) or load(*args, **named))
+    again.load_state_dict(memories.state_dict())
+    assert reads == []
+    assert number_of(again.take("1")) == 1
+    assert reads == [1]
+
+
+def test_a_file_stays_until_no_checkpoint_needs_it(tmp_path):
+    memories = spilled(tmp_path)
+    memories.put("a", remember(1))
+    memories.end_round(1)
+    memories.state_dict()
+    memories.saved([1])
+    (first,) = files(tmp_path)
+    memories.put("a", remember(2))
+    memories.put("a", remember(3))  # a round that was run twice: nothing can need the 2
+    memories.end_round(2)
+    memories.state_dict()
+    assert len(files(tmp_path)) == 2
+    assert first in files(tmp_path)
+    memories.saved([1, 2])
+    assert first in files(tmp_path)
+    memories.saved([2])
+    assert len(files(tmp_path)) == 1
+    assert first not in files(tmp_path)
+
+
+def test_what_a_killed_run_left_behind_goes_after_the_next_checkpoint(tmp_path):
+    memories = spilled(tmp_path)
+    memories.put("a", remember(1))
+    memories.end_round(1)
+    state = memories.state_dict()
+    memories.saved([1])
+    kept = files(tmp_path)
+    memories.put("a", remember(2))  # killed here, and while writing another
+    (tmp_path / (kept[0] + ".tmp")).write_bytes(b"half")
+    (tmp_path / "notes.txt").write_text("mine")
+    memories = spilled(tmp_path)
+    memories.load_state_dict(state)
+    assert number_of(memories.take("a")) == 1
+    assert len(files(tmp_path)) == 4
+    memories.end_round(2)
+    memories.state_dict()
+    memories.saved([2])
+    assert files(tmp_path) == sorted([*kept, "notes.txt"])
+
+
+writes = st.dictionaries(st.sampled_from("abcd"), st.integers(0, 2))
+
+
+@given(rounds=st.lists(writes, min_size=2, max_size=6), every=st.integers(1, 3), data=st.data())
+def test_every_checkpoint_that_is_kept_gives_the_memories_of_its_round(tmp_path_factory, rounds, every, data):
+    folder = tmp_path_factory.mktemp("memories")
+    quota = data.draw(st.sampled_from([None, 4000, 6000]))
+    memories = spilled(folder, quota_bytes=quota)
+    memories._warned = True
+    expected, checkpoints, current = {}, {}, {}
+    for done, written in enumerate(rounds, start=1):
+        for client, number in written.items():
+            memories.take(client)
+            memories.put(client, remember(number))
+            current[client] = number
+        for client in memories.end_round(done):
+            del current[client]
+        if done % every == 0:
+            state = memories.state_dict()
+            kept = {*data.draw(st.sets(st.sampled_from(sorted(checkpoints)))), done} if checkpoints else {done}
+            checkpoints = {r: s for r, s in {**checkpoints, done: state}.items() if r in kept}
+            expected[done] = dict(current)
+            memories.saved(kept)
+    for client, number in data.draw(writes).items():
+        memories.put(client, remember(number))  # of a round that was killed
+    for done, state in checkpoints.items():
+        again = spilled(folder, quota_bytes=quota)
+        again.load_state_dict(state)
+        assert {client: number_of(memory) for client, memory in again.items()} == expected[done]
+        assert again._bytes == sum(
+            path.stat().st_size for c, f in again._files.items() for path in [again._place(c, f)]
+        )
+    shutil.rmtree(folder)
+
+
+# -- the quota ---------------------------------------------------------------------------------------------------------
+
+
+def test_those_not_sampled_for_longest_are_given_up(tmp_path):
+    memories = spilled(tmp_path)
+    memories.put("0", remember(0))
+    size = memories._bytes
+    memories = spilled(tmp_path / "quota", quota_bytes=3 * size)
+    for number in range(3):
+        memories.take(str(number))
+        memories.put(str(number), remember(number))
+    assert memories.end_round(1) == []
+    memories.take("0")  # sampled again, whether it comes back or not
+    memories.take("7")
+    memories.take("8")
+    memories.put("8", remember(8))
+    memories.put("7", remember(7))  # uploads come in any order: what counts is that of the cohort
+    assert len(memories) == 5  # nobody of this round loses anything before the round is over
+    with pytest.warns(UserWarning, match="need more than their quota_bytes=.* first '1' in round 2"):
+        assert memories.end_round(2) == ["1", "2"]
+    assert list(memories) == ["0", "7", "8"]
+    memories.put("9", remember(9))
+    assert memories.end_round(3) == ["0"]  # told once
+    assert memories.take("1") == {}
+
+
+def test_an_evicted_memory_is_in_the_record_and_in_the_summary(tmp_path, capsys):
+    loop = FederatedLoop(
+        2,
+        2,
+        [CompressionMemory()],
+        evaluation=QUIET,
+        memories=SpilledMemories(quota_bytes=1),
+        default_root_dir=tmp_path,
+    )
+    with pytest.warns(UserWarning, match="quota_bytes=1"):
+        loop.fit(Net(), loaders(clients(2)))
+    assert [sorted(record.evicted_memories) for record in loop.history] == [[], ["c0", "c1"], ["c0", "c1"]]
+    assert "memories   4 given up for their quota" in capsys.readouterr().out
+    line = (tmp_path / "history.jsonl").read_text().splitlines()[1]
+    assert RoundRecord.from_json(line).evicted_memories == loop.history[1].evicted_memories
+    older = replace(loop.history[1], evicted_memories=[]).to_json().replace(', "evicted_memories": []', "")
+    assert RoundRecord.from_json(older).evicted_memories == []
+
+
+# -- whole federations -------------------------------------------------------------------------------------------------
+
+
+class Kill(SparsityCallback):
+    """Ends the run after so many uploads, as a signal would: between writes of clients and the checkpoint."""
+
+    def __init__(self, uploads):
+        super().__init__()
+        self.left = uploads
+
+    def on_server_receive(self, state, server_round, update):
+        self.left -= 1
+        if self.left == 0:
+            raise RuntimeError("killed")
+
+
+def federation(memories, folder, *extra, every=1):
+    torch.manual_seed(0)
+    model = Net()
+    callbacks = [*feddip(0.8, reconfigure_every=2), CompressionMemory(), *extra]
+    loop = FederatedLoop(
+        6, 3, callbacks, wire=Wire(uploads="int8"), buffers="local", evaluation=QUIET, seed=1, console=False,
+        memories=memories, default_root_dir=folder, checkpoint_every=every,
+    )  # fmt: skip
+    return loop, model
+
+
+def outcome(loop, model):
+    rows = [replace(record, seconds=0.0) for record in loop.history]
+    return dict(model.state_dict()), dict(loop.memories), rows
+
+
+def assert_same(found, expected):
+    if isinstance(expected, torch.Tensor):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert_same(found[key], value)
+    else:
+        assert found == expected
+
+
+@pytest.fixture(scope="module")
+def in_memory(tmp_path_factory):
+    loop, model = federation(None, tmp_path_factory.mktemp("held"))
+    loop.fit(model, loaders(clients()))
+    outcomes = outcome(loop, model)
+    assert any(memory["buffers"]["norm.num_batches_tracked"] > 6 for memory in outcomes[1].values())  # used again
+    return dict(enumerate(outcomes))
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("uploads", [2, 6, 7, 14, 18])
+def test_spilled_is_in_memory_to_the_bit_however_it_was_killed(in_memory, tmp_path, uploads, every):
+    loop, model = federation(SpilledMemories(), tmp_path, Kill(uploads), every=every)
+    with pytest.raises(RuntimeError, match="killed"):
+        loop.fit(model, loaders(clients()))
+    started = (tmp_path / "checkpoints" / "last.ckpt").exists()
+    assert started == (uploads > 3 * every)
+    if started:
+        loop, model = federation(SpilledMemories(), tmp_path, every=every)
+        loop.fit(model, loaders(clients()), ckpt_path="last")
+        assert_same(dict(enumerate(outcome(loop, model))), in_memory)
+        assert len(files(tmp_path / "memories")) == len(loop.memories)
+
+
+def test_uninterrupted_spilled_is_in_memory_to_the_bit(in_memory, tmp_path):
+    loop, model = federation(SpilledMemories(tmp_path / "elsewhere"), None)
+    loop.fit(model, loaders(clients()))
+    assert_same(dict(enumerate(outcome(loop, model))), in_memory)
+
+
+def test_a_checkpoint_refers_to_the_files(tmp_path):
+    loop, model = federation(SpilledMemories(), tmp_path)
+    loop.fit(model, loaders(clients()))
+    content = load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    assert content["memories"] == {}
+    assert list(content["memory_files"]["files"]) == list(loop.memories)
+
+
+def test_a_run_may_go_on_with_files(in_memory, tmp_path):
+    loop, model = federation(None, tmp_path, Kill(8))
+    with pytest.raises(RuntimeError, match="killed"):
+        loop.fit(model, loaders(clients()))
+    loop, model = federation(SpilledMemories(), tmp_path)
+    loop.fit(model, loaders(clients()), ckpt_path="last")
+    assert_same(dict(enumerate(outcome(loop, model))), in_memory)
+
+
+def test_but_not_without_them_again(tmp_path):
+    loop, model = federation(SpilledMemories(), tmp_path)
+    loop.fit(model, loaders(clients()))
+    loop, model = federation(None, tmp_path)
+    with pytest.raises(
+        ValueError, match="expected SpilledMemories for a checkpoint whose client memories are in files"
+    ):
+        loop.fit(model, loaders(clients()), ckpt_path="last")
+
+
+def test_a_recipe_names_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    spill = ["--loop.memories=lightning_fedsparse.memories.SpilledMemories", "--loop.memories.quota_bytes=100000000"]
+    short = ["--loop.rounds=1", "--loop.trainer.max_steps=1", "--loop.callbacks.residual=keep"]
+    assert main(["run", "quickstart", *short, *spill]) == 0
+    assert len(files(tmp_path / "runs" / "quickstart" / "memories")) == 5
+    assert "quota_bytes: 100000000" in (tmp_path / "runs" / "quickstart" / "recipe.yaml").read_text()
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def test_a_damaged_file_is_one_sentence(tmp_path):
+    memories = spilled(tmp_path)
+    memories.put("a", remember(1))
+    state = memories.state_dict()
+    (name,) = files(tmp_path)
+    content = bytearray((tmp_path / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(
+        ValueError, match="expected the memory of client 'a' as it was written, got a damaged file: .*" + name
+    ):
+        memories.take("a")
+    (tmp_path / name).write_bytes(content[:100])
+    again = spilled(tmp_path)
+    with pytest.raises(ValueError, match=f"expected {len(content)} bytes of memory for client 'a', found 100 bytes at"):
+        again.load_state_dict(state)
+    (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match="expected .* bytes of memory for client 'a', found no file at"):
+        again.load_state_dict(state)
+    with pytest.raises(ValueError, match="expected the memory of client 'a' at .*, got: No such file"):
+        memories.take("a")
+
+
+def test_other_objects_are_one_sentence(tmp_path):
+    memories = spilled(tmp_path)
+    memories.put("a", {"method": SpilledMemories()})
+    with pytest.raises(
+        ValueError, match="expected tensors and primitives in the memory of client 'a', got other objects"
+    ):
+        memories.take("a")
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    memories = SpilledMemories(tmp_path / "file" / "memories")
+    memories.start(None, fresh=True)
+    with pytest.raises(RuntimeError, match="expected to write the memory of client 'a' to .*, got: Not a directory"):
+        memories.put("a", remember(1))
+
+
+def test_a_run_needs_a_folder_without_memories(tmp_path):
+    with pytest.raises(
+        ValueError, match="expected a folder for SpilledMemories in a run without default_root_dir, got none"
+    ):
+        FederatedLoop(1, 2, memories=SpilledMemories(), console=False, evaluation=QUIET).fit(Net(), loaders(clients()))
+    spilled(tmp_path).put("a", remember(1))
+    with pytest.raises(ValueError, match="expected no client memories where a run begins, found some in"):
+        SpilledMemories(tmp_path).start(None, fresh=True)
+
+
+def test_values_out_of_range():
+    with pytest.raises(ValueError, match="expected quota_bytes to be at least 1, got 0"):
+        SpilledMemories(quota_bytes=0)
+    with pytest.raises(
+        TypeError, match=r"expected memories of type ClientMemories, such as SpilledMemories\(\), got str"
+    ):
+        FederatedLoop(1, 2, memories="runs")
