@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lightning_fedsparse.data import FederatedDataModule
+    from lightning_fedsparse.export import load_global
     from lightning_fedsparse.folding import fold, load_folded
     from lightning_fedsparse.loop import FederatedLoop
     from lightning_fedsparse.records import RoundRecord
     from lightning_fedsparse.update import SparseUpdate
 
-__all__ = ["FederatedDataModule", "FederatedLoop", "RoundRecord", "SparseUpdate", "fold", "load_folded"]
+__all__ = ["FederatedDataModule", "FederatedLoop", "RoundRecord", "SparseUpdate", "fold", "load_folded", "load_global"]
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -20,6 +21,7 @@ _HOMES = {
     "SparseUpdate": "update",
     "fold": "folding",
     "load_folded": "folding",
+    "load_global": "export",
 }
 
 

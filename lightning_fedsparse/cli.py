@@ -1,4 +1,4 @@
-"""The ``fedsparse`` command: run, resume, list and show recipes.
+"""The ``fedsparse`` command: run, resume, list and show recipes, export what was trained.
 
 Exit codes: 0 done, 1 bad input that only the run could find, 2 a command line or recipe that is wrong, 130 Ctrl-C.
 """
@@ -72,6 +72,24 @@ def _parser() -> argparse.ArgumentParser:
     resume.add_argument("folder", metavar="RUN", type=Path, help="the run folder")
     _add_overrides(resume)
 
+    export = commands.add_parser(
+        "export",
+        help="write a run's model for serving",
+        description="Write the effective global weights of a run into a file that needs nothing of this package.",
+    )
+    export.set_defaults(command=_export)
+    export.add_argument("run", metavar="RUN", type=Path, help="the run folder, or one of its checkpoints")
+    export.add_argument(
+        "--format", default="safetensors", metavar="FORMAT", help="safetensors (default), checkpoint or onnx-ready"
+    )
+    export.add_argument("--output", metavar="PATH", type=Path, help="the file; model.* in the run folder by default")
+    export.add_argument("--sparse", action="store_true", help="masks and values instead of dense tensors (safetensors)")
+    export.add_argument(
+        "--capacity", metavar="C", type=float, help="the submodel of a capacity in (0, 1] instead of the whole model"
+    )
+    export.add_argument("--module", metavar="NAME", default="", help="only this submodule, such as network")
+    export.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+
     lister = commands.add_parser("list", help="list the shipped recipes", description="List the shipped recipes.")
     lister.set_defaults(command=_list)
 
@@ -115,6 +133,24 @@ def _resume(options: argparse.Namespace) -> int:
     return 0
 
 
+def _export(options: argparse.Namespace) -> int:
+    _find_own_classes()
+
+    from lightning_fedsparse.export import export_run
+
+    path = export_run(
+        options.run,
+        options.output,
+        format=options.format,
+        sparse=options.sparse,
+        capacity=options.capacity,
+        module=options.module,
+        overwrite=options.overwrite,
+    )
+    print(f"saved in {path}, {path.stat().st_size:,} bytes")
+    return 0
+
+
 def _list(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
@@ -136,10 +172,14 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _read(path: Path, overrides: Sequence[str]) -> Recipe:
+    _find_own_classes()
+    return Recipe.read(path, overrides)
+
+
+def _find_own_classes() -> None:
     # a recipe names the user's own classes; at the end, so that no file here hides an installed module
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    return Recipe.read(path, overrides)
 
 
 def _fit(run: Run, *, resume: bool) -> None:

@@ -56,14 +56,15 @@ def load_folded(checkpoint: str | Path | Mapping[str, Any], module: Module) -> M
         content, where = _read(checkpoint), str(checkpoint)
     if "state_dict" not in content:
         raise ValueError(f"expected a Trainer's checkpoint with a 'state_dict', found {sorted(content)} in {where}")
-    expected, found = _shapes(module.state_dict()), _shapes(content["state_dict"])
+    tensors = _under_all_names(content["state_dict"], module)
+    expected, found = _shapes(module.state_dict()), _shapes(tensors)
     if expected != found:
         name = min(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         raise ValueError(
             f"expected a checkpoint of {type(module).__name__}, got another in {where}: {name!r} has shape "
             f"{expected.get(name)} in the module and {found.get(name)} in the checkpoint"
         )
-    module.load_state_dict(content["state_dict"])
+    module.load_state_dict(tensors)
     parameters = dict(module.named_parameters())
     for cut in _states(content, "largest"):
         weights = {name: parameters[name] for name in cut["names"]}
@@ -81,6 +82,18 @@ def load_folded(checkpoint: str | Path | Mapping[str, Any], module: Module) -> M
     return module
 
 
+def _under_all_names(tensors: Mapping[str, Any], module: nn.Module) -> dict[str, Any]:
+    """A federation keeps a tensor that a module has under several names (tied weights) under the first."""
+    first: dict[int, str] = {}
+    named = dict(tensors)
+    held = module.state_dict(keep_vars=True)
+    for name, tensor in held.items():
+        original = first.setdefault(id(tensor), name)
+        if name not in named and original in named:
+            named[name] = named[original]
+    return named
+
+
 def _states(content: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
     """What the callbacks' states hold under a key; a callback of someone else's may use the word for another thing."""
     states = [state for state in content.get("callbacks", {}).values() if isinstance(state, Mapping)]
@@ -90,7 +103,9 @@ def _states(content: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
 def _read(path: str | Path) -> Mapping[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except FileNotFoundError:
+        raise
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:  # the last of a file that is cut off
         raise ValueError(
             f"expected a checkpoint that loads with weights_only=True, got {path}: if it is yours and holds other objects, "
             "pass the content that torch.load gives without it"

@@ -289,8 +289,10 @@ def _members(labels: npt.NDArray[np.generic]) -> list[Indices]:
 
 def _group(owner: Indices, num_owners: int) -> list[Indices]:
     """Ascending indices of each owner, as slices of one array."""
-    ends = np.cumsum(np.bincount(owner, minlength=num_owners))
-    return np.split(np.argsort(owner, kind="stable"), ends[:-1])
+    order = np.argsort(owner, kind="stable")
+    ends = np.cumsum(np.bincount(owner, minlength=num_owners)).tolist()
+    # np.split takes three times as long to make as many slices
+    return [order[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 def _numbered(parts: list[Indices]) -> dict[str, Indices]:
