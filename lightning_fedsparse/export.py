@@ -148,6 +148,11 @@ class _RunFiles:
             raise ValueError(f"expected a run with a checkpoint, found none at {checkpoint}")
         return cls(run, checkpoint)
 
+    @property
+    def is_federation(self) -> bool:
+        """Whether it is a run of ``FederatedLoop``, and not of a plain Trainer."""
+        return (self.path / "history.jsonl").is_file()
+
     def build(self) -> dict[str, Any]:
         """What the recipe builds; the generators of the process stay as they are."""
         recipe = self.path / RESOLVED_NAME
@@ -161,10 +166,12 @@ class _RunFiles:
 
 
 def _load(folder: _RunFiles, built: Mapping[str, Any], module: Module, capacity: float | None) -> Module:
-    if capacity is None:
+    if not folder.is_federation:
+        if capacity is not None:
+            raise ValueError(f"expected a federation for a submodel of capacity {capacity}, got a plain Trainer's run")
         load_folded(folder.checkpoint, module)
-    elif "loop" not in built:
-        raise ValueError(f"expected a federation for a submodel of capacity {capacity}, got a plain Trainer's run")
+    elif capacity is None:
+        load_folded(load_checkpoint(folder.checkpoint), module)
     else:
         _load_submodel(load_checkpoint(folder.checkpoint), built["loop"], module, capacity)
     return module.eval()

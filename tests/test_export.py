@@ -331,7 +331,7 @@ def test_a_file_that_is_none(tmp_path):
         (["RUN", "--output=taken"], "expected a new file, found taken: overwrite it with --overwrite"),
         (
             ["cut/checkpoints/last.ckpt"],
-            "expected a checkpoint that loads with weights_only=True, got cut/checkpoints/",
+            "expected a federation's checkpoint, got a file that can't be read: cut/checkpoints/last.ckpt",
         ),
     ],
 )
@@ -340,7 +340,8 @@ def test_bad_input_is_one_sentence_and_writes_nothing(arguments, message, feddip
     Path("empty").mkdir()
     Path("taken").write_text("mine")
     Path("cut/checkpoints").mkdir(parents=True)
-    Path("cut/recipe.yaml").write_bytes((feddip_run.folder / "recipe.yaml").read_bytes())
+    for name in ("recipe.yaml", "history.jsonl"):
+        Path("cut", name).write_bytes((feddip_run.folder / name).read_bytes())
     last = (feddip_run.folder / "checkpoints" / "last.ckpt").read_bytes()
     Path("cut/checkpoints/last.ckpt").write_bytes(last[: len(last) // 2])
     before = sorted(Path().rglob("*")), sorted(feddip_run.folder.rglob("*"))

@@ -148,6 +148,16 @@ def test_states_of_other_callbacks_are_left_alone() -> None:
     assert load_folded(content, module).weight.tolist() == [[1.0, 0.0]]
 
 
+def test_tied_weights_may_be_there_once() -> None:
+    module = nn.ModuleDict({"one": nn.Linear(2, 2, bias=False), "two": nn.Linear(2, 2, bias=False)})
+    with pytest.raises(ValueError, match=r"'two.weight' has shape \(2, 2\) in the module and None in the checkpoint"):
+        load_folded({"state_dict": {"one.weight": torch.eye(2)}}, module)
+    module["two"].weight = module["one"].weight
+    load_folded({"state_dict": {"one.weight": torch.eye(2)}}, module)
+    assert module["two"].weight.tolist() == [[1.0, 0.0], [0.0, 1.0]]
+    assert module["two"].weight is module["one"].weight
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
@@ -179,6 +189,15 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     torch.save(torch.ones(1), tmp_path / "tensor.ckpt")
     with pytest.raises(ValueError, match="expected a Trainer's checkpoint, got a Tensor"):
         load_folded(tmp_path / "tensor.ckpt", plain_module())
+
+
+@pytest.mark.parametrize("part", [0.01, 0.3, 0.5, 0.9])
+def test_a_checkpoint_that_is_cut_off_is_refused(part: float, tmp_path: Path) -> None:
+    trained([], tmp_path)
+    content = (tmp_path / "end.ckpt").read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(content[: int(part * len(content))])
+    with pytest.raises(ValueError, match="expected a checkpoint that loads with weights_only=True, got .*cut.ckpt"):
+        load_folded(tmp_path / "cut.ckpt", plain_module())
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
