@@ -1,6 +1,6 @@
 """What registered clients cost that are not sampled, and where what clients remember is kept.
 
-    python docs/benchmarks/population.py              # the tables of population.md; about two minutes of an idle core
+    python docs/benchmarks/population.py              # the tables of population.md; two minutes or less
 
 Every figure is measured in a process of its own, on one thread. A start is what passes between the building of the
 ``FederatedDataModule`` and the first client's first step; the peak is the largest resident set of the whole process.
