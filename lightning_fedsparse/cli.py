@@ -198,6 +198,7 @@ def _fit(run: Run, *, resume: bool) -> None:
             print(f"  {name:<{width}}  {what}")
     print("\nnext")
     print(f"  fedsparse resume {run.folder} {_more(run)}")
+    print(f"  fedsparse export {run.folder}")
     print("  fedsparse list")
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, overload
@@ -104,6 +105,7 @@ def export_run(
     Raises:
         ValueError: Besides what :func:`load_global` raises, for an unknown format or submodule, a file that is there, a sparse
             file in another format, state that is no tensor, or a model that can't be traced.
+        OSError: If the file can't be written; one that was there is as it was.
     """
     if format not in get_args(Format):
         raise ValueError(f"expected a format of {', '.join(get_args(Format))}, got {format!r}")
@@ -268,10 +270,15 @@ def _inputs_of(part: nn.Module, module: nn.Module, inputs: tuple[Tensor, ...]) -
 
 
 def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)  # a full disk has better uses
+        raise OSError(f"expected to write {path}, got: {error.strerror}") from error

@@ -14,6 +14,7 @@ import hashlib
 import io
 import os
 import pickle
+import re
 import warnings
 from abc import abstractmethod
 from collections import OrderedDict
@@ -151,7 +152,7 @@ class SpilledMemories(ClientMemories):
     primitives only. Checkpoints refer to the files instead of holding the memories.
 
     Args:
-        folder: Where the files are; ``memories`` in the run folder if None.
+        folder: Where the files of this run, and of no other, are; ``memories`` in the run folder if None.
         quota_bytes: Bytes that the memories may take after each round, without a limit if None: those of the clients that
             were not sampled for longest are given up, with a warning the first time, and each round's record names
             them. Files that a checkpoint still refers to are not counted.
@@ -159,7 +160,7 @@ class SpilledMemories(ClientMemories):
     Raises:
         ValueError: For a quota below 1; when the run starts, without any folder, or for a new run in a folder with memories;
             when it is resumed, for files that are gone; when a client is sampled, for a file that was damaged.
-        RuntimeError: If a file can't be written.
+        OSError: If a file can't be written.
     """
 
     def __init__(self, folder: str | Path | None = None, *, quota_bytes: int | None = None) -> None:
@@ -189,6 +190,9 @@ class SpilledMemories(ClientMemories):
 
     def __len__(self) -> int:
         return len(self._files)
+
+    def __contains__(self, client_id: object) -> bool:
+        return client_id in self._files  # without reading
 
     def start(self, run_folder: Path | None, *, fresh: bool) -> None:
         """See :meth:`ClientMemories.start`."""
@@ -297,14 +301,14 @@ class SpilledMemories(ClientMemories):
 
     def _place(self, client_id: str, file: _File) -> Path:
         # the client by a digest: an id may be no name of a file. All of it in the name: no other content ever gets this name
-        return self._path / f"{_digest(client_id.encode())}-{file.done}-{file.digest}{_SUFFIX}"
+        return self._path / f"{_digest(client_id.encode())}-{file.done}-{file.digest}.memory"
 
     def _found(self) -> dict[str, int]:
         """Sizes of all files in the folder that are memories, or were to become some."""
         if not self._path.is_dir():
             return {}
         with os.scandir(self._path) as entries:
-            return {entry.name: entry.stat().st_size for entry in entries if _SUFFIX in entry.name}
+            return {entry.name: entry.stat().st_size for entry in entries if _NAME.fullmatch(entry.name)}
 
     def _write(self, client_id: str, file: _File, content: bytes) -> None:
         path = self._place(client_id, file)
@@ -314,7 +318,7 @@ class SpilledMemories(ClientMemories):
             temporary.write_bytes(content)
             temporary.replace(path)
         except OSError as error:
-            raise RuntimeError(
+            raise OSError(
                 f"expected to write the memory of client {client_id!r} to {self._path}, got: {error.strerror}"
             ) from error
         self._unsynced.add(path)
@@ -338,7 +342,7 @@ class SpilledMemories(ClientMemories):
         return memory
 
 
-_SUFFIX = ".memory"
+_NAME = re.compile(r"[0-9a-f]{32}-\d+-[0-9a-f]{32}\.memory(\.tmp)?")
 
 
 def _digest(content: bytes) -> str:

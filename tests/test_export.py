@@ -328,6 +328,7 @@ def test_a_file_that_is_none(tmp_path):
         (["RUN", "--capacity=1.5"], "expected a capacity in (0, 1], got 1.5 of the submodel"),
         (["RUN", "--module=net"], "expected a submodule of Model, which has network, got 'net'"),
         (["RUN", "--output=empty"], "expected a file to write, got the folder empty"),
+        (["RUN", "--output=taken/model"], "expected to write taken/model, got: File exists"),
         (["RUN", "--output=taken"], "expected a new file, found taken: overwrite it with --overwrite"),
         (
             ["cut/checkpoints/last.ckpt"],

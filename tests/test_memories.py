@@ -62,6 +62,7 @@ def test_a_file_is_read_when_its_client_is_sampled_and_not_before(tmp_path, monk
     reads = []
     monkeypatch.setattr(torch, "load", lambda *args, load=torch.load, **named: reads.append(1) or load(*args, **named))
     again.load_state_dict(memories.state_dict())
+    assert "1" in again
     assert reads == []
     assert number_of(again.take("1")) == 1
     assert reads == [1]
@@ -96,7 +97,7 @@ def test_what_a_killed_run_left_behind_goes_after_the_next_checkpoint(tmp_path):
     kept = files(tmp_path)
     memories.put("a", remember(2))  # killed here, and while writing another
     (tmp_path / (kept[0] + ".tmp")).write_bytes(b"half")
-    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "my.memory").write_text("mine")
     memories = spilled(tmp_path)
     memories.load_state_dict(state)
     assert number_of(memories.take("a")) == 1
@@ -104,7 +105,7 @@ def test_what_a_killed_run_left_behind_goes_after_the_next_checkpoint(tmp_path):
     memories.end_round(2)
     memories.state_dict()
     memories.saved([2])
-    assert files(tmp_path) == sorted([*kept, "notes.txt"])
+    assert files(tmp_path) == sorted([*kept, "my.memory"])
 
 
 writes = st.dictionaries(st.sampled_from("abcd"), st.integers(0, 2))
@@ -335,7 +336,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     memories = SpilledMemories(tmp_path / "file" / "memories")
     memories.start(None, fresh=True)
-    with pytest.raises(RuntimeError, match="expected to write the memory of client 'a' to .*, got: Not a directory"):
+    with pytest.raises(OSError, match="expected to write the memory of client 'a' to .*, got: Not a directory"):
         memories.put("a", remember(1))
 
 
