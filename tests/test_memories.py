@@ -13,6 +13,7 @@ from lightning_fedsparse.callbacks import CompressionMemory, feddip
 from lightning_fedsparse.callbacks.base import SparsityCallback
 from lightning_fedsparse.checkpoint import load_checkpoint
 from lightning_fedsparse.cli import main
+from lightning_fedsparse.executors import ProcessExecutor
 from lightning_fedsparse.memories import HeldMemories, SpilledMemories
 from lightning_fedsparse.records import RoundRecord
 from lightning_fedsparse.wire import Wire
@@ -204,13 +205,13 @@ class Kill(SparsityCallback):
             raise RuntimeError("killed")
 
 
-def federation(memories, folder, *extra, every=1):
+def federation(memories, folder, *extra, every=1, executor=None):
     torch.manual_seed(0)
     model = Net()
     callbacks = [*feddip(0.8, reconfigure_every=2), CompressionMemory(), *extra]
     loop = FederatedLoop(
         6, 3, callbacks, wire=Wire(uploads="int8"), buffers="local", evaluation=QUIET, seed=1, console=False,
-        memories=memories, default_root_dir=folder, checkpoint_every=every,
+        memories=memories, default_root_dir=folder, checkpoint_every=every, executor=executor,
     )  # fmt: skip
     return loop, model
 
@@ -259,6 +260,18 @@ def test_uninterrupted_spilled_is_in_memory_to_the_bit(in_memory, tmp_path):
     loop, model = federation(SpilledMemories(tmp_path / "elsewhere"), None)
     loop.fit(model, loaders(clients()))
     assert_same(dict(enumerate(outcome(loop, model))), in_memory)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:client memories need more:UserWarning")
+def test_workers_lose_and_keep_the_same(tmp_path):
+    found = []
+    for name, executor in (("one", None), ("two", ProcessExecutor(2))):
+        loop, model = federation(SpilledMemories(quota_bytes=12_000), tmp_path / name, executor=executor)
+        loop.fit(model, loaders(clients()))
+        assert sum(len(record.evicted_memories) for record in loop.history) > 3
+        found.append(dict(enumerate((*outcome(loop, model), list(loop.memories)))))
+    assert_same(*found)
 
 
 def test_a_checkpoint_refers_to_the_files(tmp_path):
