@@ -38,7 +38,7 @@ from lightning_fedsparse.data import FederatedDataModule
 from lightning_fedsparse.federation import Federation
 from lightning_fedsparse.folding import load_folded
 from lightning_fedsparse.loop import FederatedLoop
-from lightning_fedsparse.recipe import RESOLVED_NAME, Recipe
+from lightning_fedsparse.recipe import RECIPE_NAME, Recipe
 from lightning_fedsparse.seeding import derive_seed
 from lightning_fedsparse.server import ServerOptimizer, ServerState
 from lightning_fedsparse.weight_files import encode_weights
@@ -157,10 +157,10 @@ class _RunFiles:
 
     def build(self) -> dict[str, Any]:
         """What the recipe builds; the generators of the process stay as they are."""
-        recipe = self.path / RESOLVED_NAME
+        recipe = self.path / RECIPE_NAME
         if not recipe.is_file():
             raise ValueError(
-                f"expected a {RESOLVED_NAME} to build the model from, found none in {self.path}: a run that Python started "
+                f"expected a {RECIPE_NAME} to build the model from, found none in {self.path}: a run that Python started "
                 "has none, there load_global(run, module) fills a module"
             )
         with isolate_rng():

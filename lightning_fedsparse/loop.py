@@ -376,12 +376,12 @@ class FederatedLoop:
         saved = None if ckpt_path is None else self.folder.load(ckpt_path)
         done: int = saved["round"] if saved else 0
         self.memories.start(self.folder.path, fresh=ckpt_path is None)
-        if saved:
+        if ckpt_path is not None and saved is not None:
             require_same_run(saved, self._recipe, self.rounds)
             self._federation.load_state_dict(saved)
             self._worker.hold(self._federation.broadcaster.versions)
             self._data.start_round(Progress(done, self.rounds))
-            self.history = self.folder.go_on(saved)
+            self.history = self.folder.go_on(saved, ckpt_path)
         if self.recipe is not None and done < self.rounds:
             self.folder.keep_recipe(self.recipe)
         return done

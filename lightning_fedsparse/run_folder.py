@@ -84,11 +84,14 @@ class RunFolder:
             return None
         return load_checkpoint(self.saved)
 
-    def go_on(self, saved: Mapping[str, Any]) -> list[RoundRecord]:
+    def go_on(self, saved: Mapping[str, Any], ckpt_path: str | Path) -> list[RoundRecord]:
         """Cut the history off after a checkpoint's row; where there is no history, begin it with that row.
+
+        A checkpoint that is not this folder's last becomes that, so that the run goes on from it if it is killed at once.
 
         Args:
             saved: The checkpoint's content.
+            ckpt_path: Where :meth:`load` found it.
 
         Returns:
             The records up to there; only that one where there is no run folder.
@@ -100,16 +103,16 @@ class RunFolder:
         if self.path is None or self.checkpoint is None:
             return [RoundRecord.from_json(row)]
         history = self.path / "history.jsonl"
-        if not history.exists():
-            if self.saved is None:
-                save_checkpoint(self.checkpoint, saved)
-            append_record(history, RoundRecord.from_json(row))
-        rows = whole_lines(history)
+        rows = whole_lines(history) if history.exists() else [row]
         if row not in rows:
             raise ValueError(
                 f"expected the history of the checkpoint's run in {history}, found one without the row of its round "
                 f"{saved['round']}"
             )
+        if ckpt_path != "last":
+            save_checkpoint(self.checkpoint, saved)
+        if not history.exists():
+            append_record(history, RoundRecord.from_json(row))
         shorten(history, sum(len(line.encode()) + 1 for line in rows[: rows.index(row) + 1]))
         return read_history(history)
 

@@ -14,6 +14,7 @@ from lightning_fedsparse.callbacks.base import SparsityCallback
 from lightning_fedsparse.checkpoint import load_checkpoint
 from lightning_fedsparse.cli import main
 from lightning_fedsparse.executors import ProcessExecutor
+from lightning_fedsparse.checkpointing import Checkpointing
 from lightning_fedsparse.memories import HeldMemories, SpilledMemories
 from lightning_fedsparse.records import RoundRecord
 from lightning_fedsparse.wire import Wire
@@ -211,7 +212,7 @@ def federation(memories, folder, *, kill=-1, every=1, executor=None):
     callbacks = [*feddip(0.8, reconfigure_every=2), CompressionMemory(), Kill(kill)]
     loop = FederatedLoop(
         6, 3, callbacks, wire=Wire(uploads="int8"), buffers="local", evaluation=QUIET, seed=1, console=False,
-        memories=memories, default_root_dir=folder, checkpoint_every=every, executor=executor,
+        memories=memories, default_root_dir=folder, checkpointing=Checkpointing(every), executor=executor,
     )  # fmt: skip
     return loop, model
 

@@ -367,10 +367,19 @@ def test_a_resumed_run_keeps_the_best_of_the_whole_run(tmp_path):
         assert all(torch.equal(one["state_dict"][key], tensor) for key, tensor in other["state_dict"].items())
 
 
-def test_a_run_goes_back_to_a_best_round(tmp_path):
+def test_a_run_goes_back_to_a_best_round_also_if_it_ends_at_once(tmp_path, monkeypatch):
     fit(tmp_path, 4, checkpointing=Checkpointing(monitor="train_loss", save_top_k=-1))
     whole = rows(tmp_path)
-    fit(tmp_path, 4, ckpt_path=tmp_path / "checkpoints" / "round=2.ckpt")
+
+    def power_cut(*arguments):
+        raise RuntimeError("power cut")
+
+    monkeypatch.setattr(FederatedLoop, "_round", power_cut)
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(tmp_path, 4, ckpt_path=tmp_path / "checkpoints" / "round=2.ckpt")
+    monkeypatch.undo()
+    assert rows(tmp_path) == whole[:3]
+    fit(tmp_path, 4, ckpt_path="last")
     assert rows(tmp_path) == whole
 
 
