@@ -12,9 +12,9 @@ from lightning_fedsparse import FederatedLoop
 from lightning_fedsparse.callbacks import CompressionMemory, feddip
 from lightning_fedsparse.callbacks.base import SparsityCallback
 from lightning_fedsparse.checkpoint import load_checkpoint
+from lightning_fedsparse.checkpointing import Checkpointing
 from lightning_fedsparse.cli import main
 from lightning_fedsparse.executors import ProcessExecutor
-from lightning_fedsparse.checkpointing import Checkpointing
 from lightning_fedsparse.memories import HeldMemories, SpilledMemories
 from lightning_fedsparse.records import RoundRecord
 from lightning_fedsparse.wire import Wire
