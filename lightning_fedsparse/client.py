@@ -12,7 +12,7 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -184,11 +184,11 @@ class ClientWorker:
             self._cleared(f"client {job.client_id!r} in round {job.index + 1}"),
         ):
             trainer = self._trainers.next()
-            callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-            methods = [callback for callback in callbacks if isinstance(callback, SparsityCallback)]
+            methods = _methods_of(trainer)
             self._start_round(trainer, methods, client_round, job.memory)
             trainer.fit(self.module, train_dataloaders=client.train_loader(), val_dataloaders=client.val_loader())
-            loss = next(probe for probe in callbacks if isinstance(probe, _Probe)).mean_loss(trainer, job)
+            probe = next(callback for callback in trainer.callbacks if isinstance(callback, _Probe))  # type: ignore[attr-defined]
+            loss = probe.mean_loss(trainer, job)
             update = self._make_update(job, masks, client.num_examples, loss)
             for method in methods:
                 update = method.on_client_round_end(trainer, self.module, update)
@@ -209,7 +209,12 @@ class ClientWorker:
             with restored_on_error(self.module):
                 yield
         except BaseException as error:
-            self._trainers.drop()
+            trainer = self._trainers.drop()
+            if trainer is not None:
+                for method in _methods_of(trainer):
+                    # once more: Lightning has not told it if the on_exception of a callback before it raises
+                    with suppress(Exception):
+                        method.on_exception(trainer, self.module, error)
             if sys.version_info >= (3, 11):  # the traceback then names the client
                 error.add_note(f"raised in the training of {where}")
             raise
@@ -260,6 +265,10 @@ _BUFFERS = "buffers"
 def _masks_of(broadcast: SparseUpdate) -> MaskSet:
     assert isinstance(broadcast.masks, MaskSet), "a broadcast's masks have an id"
     return broadcast.masks
+
+
+def _methods_of(trainer: pl.Trainer) -> list[SparsityCallback]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, SparsityCallback)]  # type: ignore[attr-defined]
 
 
 class _Probe(pl.Callback):

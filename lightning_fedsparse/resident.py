@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+from torchmetrics import Metric
 
 from lightning_fedsparse.quiet import QUIET_TRAINER
 
@@ -66,17 +67,18 @@ class ResidentTrainer:
         )
         return trainer
 
-    def drop(self) -> None:
-        """Forget the Trainer: a fit that was cut off may have left anything in it."""
-        self._trainer = None
+    def drop(self) -> pl.Trainer | None:
+        """Forget the Trainer, if there is one, and give it back: a fit that was cut off may have left anything in it."""
+        dropped, self._trainer = self._trainer, None
+        return dropped
 
 
 @contextmanager
 def restored_on_error(module: pl.LightningModule) -> Iterator[None]:
     """Put back what a fit that is cut off may leave in a module, apart from its tensors.
 
-    Validation that raises leaves layers in evaluation mode, a step with a toggled optimizer leaves parameters frozen. Gradients
-    the next fit drops by itself.
+    Validation that raises leaves layers in evaluation mode and metrics half full, a step with a toggled optimizer leaves
+    parameters frozen. Gradients the next fit drops by itself.
     """
     modes = [(layer, layer.training) for layer in module.modules()]
     frozen = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
@@ -87,4 +89,7 @@ def restored_on_error(module: pl.LightningModule) -> Iterator[None]:
             layer.training = training
         for parameter, requires_grad in frozen:
             parameter.requires_grad_(requires_grad)
+        for layer in module.modules():
+            if isinstance(layer, Metric):
+                layer.reset()
         raise
