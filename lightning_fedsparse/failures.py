@@ -6,6 +6,7 @@ failure: they end the run.
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections import Counter
 from collections.abc import Iterable
@@ -26,7 +27,9 @@ __all__ = [
     "failure_of",
 ]
 
-_LONGEST_SENTENCE = 400  # characters: it stays in the history
+_LONGEST_SENTENCE = 600  # characters: it stays in the history
+_LONGEST_MESSAGE = 400  # of an error, beside its type and place
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 class FailureReason(str, Enum):
@@ -65,11 +68,15 @@ class ClientFailure:
 
     Args:
         reason: To count by.
-        sentence: What happened, in one sentence.
+        sentence: What happened, in one sentence; a long one is cut.
     """
 
     reason: FailureReason
     sentence: str
+
+    def __post_init__(self) -> None:
+        # some of it may be a client's own words, such as the names of tensors that the model does not have
+        object.__setattr__(self, "sentence", _cut(self.sentence, _LONGEST_SENTENCE))
 
 
 @dataclass(frozen=True)
@@ -138,13 +145,16 @@ def count_reasons(failures: Iterable[ClientFailure]) -> str:
 
 def _sentence(error: Exception) -> str:
     """Type, message and place of an error in one line; no folder, for records are shared."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # an object's address differs from run to run, and a run that is resumed writes the same record again
+    lines = [line.strip() for line in _ADDRESS.sub("", str(error)).splitlines() if line.strip()]
     # a loader's worker process puts its whole traceback into the message: what matters is its last line
-    message = " ... ".join(dict.fromkeys([lines[0], lines[-1]])) if lines else ""
-    if len(message) > _LONGEST_SENTENCE:
-        message = message[:_LONGEST_SENTENCE] + " ..."
+    message = _cut(" ... ".join(dict.fromkeys([lines[0], lines[-1]])), _LONGEST_MESSAGE) if lines else ""
     text = f"{type(error).__name__}: {message}" if message else type(error).__name__
     frames = traceback.extract_tb(error.__traceback__)
     if not frames:
         return text
     return f"{text} (line {frames[-1].lineno} of {Path(frames[-1].filename).name}, in {frames[-1].name})"
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else text[: longest - 4] + " ..."

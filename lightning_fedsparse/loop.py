@@ -251,6 +251,8 @@ class FederatedLoop:
         asked: list[str] = []
         while not intake.enough and tally.tries < self.faults.tries:
             cohort = self._sample(server_round.index, tally.tries, intake.missing, asked)
+            if not cohort:  # nobody is left to ask
+                break
             asked += cohort
             tally.tries += 1
             jobs = self._broadcast(server_round.index, cohort, asked, tally)

@@ -15,10 +15,12 @@ from lightning_fedsparse.executors import LocalExecutor
 from lightning_fedsparse.executors.local import Executor
 from lightning_fedsparse.failures import ClientFailure, FailureReason, TooFewClientsError, failure_of
 from lightning_fedsparse.faults import FaultPolicy
+from lightning_fedsparse.payload import encode
 from lightning_fedsparse.records import RoundRecord
 from lightning_fedsparse.sampling import UniformSampling
 from lightning_fedsparse.screening import Screen
 from lightning_fedsparse.testing import Fault, FaultyExecutor, InjectedError, ListedFaults, RandomFaults
+from lightning_fedsparse.update import SparseUpdate
 from lightning_fedsparse.wire import Link, Wire
 from tests.test_loop import QUIET, Net, clients, loaders
 
@@ -357,8 +359,10 @@ def test_asking_ends_when_the_tries_or_the_clients_are_used_up():
     with pytest.raises(TooFewClientsError, match="of the 4 clients of round 2 to return, got 0 after asking 2 times"):
         run(everyone, per_round=2, faults=FaultPolicy(tries=2))
     loop = run(everyone, per_round=2, faults=FaultPolicy(tries=5, when_fewer="skip"))
-    assert loop.history[2].clients_sampled == 6
+    assert (loop.history[2].clients_sampled, loop.history[2].tries) == (6, 3)
     assert loop.history[2].skipped
+    with pytest.raises(TooFewClientsError, match="of the 6 clients of round 2 to return, got 0 after asking 3 times"):
+        run(everyone, per_round=2, faults=FaultPolicy(tries=5))
 
 
 # -- more than needed, and in time -------------------------------------------------------------------------------------
@@ -562,6 +566,7 @@ def test_failures_come_back_from_json_and_from_records_that_had_only_sentences()
     [
         (ValueError("no"), ClientFailure(FailureReason.EXCEPTION, "ValueError: no")),
         (KeyError(), ClientFailure(FailureReason.EXCEPTION, "KeyError")),
+        (ValueError(object()), ClientFailure(FailureReason.EXCEPTION, "ValueError: <object object>")),
         (MemoryError(), ClientFailure(FailureReason.OUT_OF_MEMORY, "MemoryError")),
         (
             RuntimeError("CUDA out of memory. Tried"),
@@ -571,6 +576,30 @@ def test_failures_come_back_from_json_and_from_records_that_had_only_sentences()
 )
 def test_errors_have_a_reason_and_a_sentence(error, failure):
     assert failure_of(error) == failure
+
+
+def test_a_client_can_not_fill_the_history():
+    class Talkative(LocalExecutor):
+        def run(self, worker, jobs):
+            names = [f"{number:0500}" for number in range(900)]
+            payload = encode(SparseUpdate(dict.fromkeys(names, torch.zeros(0)), dict.fromkeys(names)))
+            for result in super().run(worker, jobs):
+                yield replace(result, payload=payload) if result.client_id == "c3" else result
+
+    failure = run(executor=Talkative(), per_round=6, rounds=1).history[1].failures["c3"]
+    assert failure.sentence.startswith("expected the parameters of the model, got none for ['first.bias'")
+    assert len(failure.sentence) == 600
+    assert replace(failure) == failure  # what was cut once stays as it is
+
+
+def test_a_long_message_is_cut_and_its_place_is_kept():
+    try:
+        raise ValueError("x" * 10_000)
+    except ValueError as error:
+        sentence = failure_of(error).sentence
+    assert sentence.startswith("ValueError: xxx")
+    assert "xxx ... (line " in sentence
+    assert len(sentence) < 600
 
 
 def test_a_loss_that_is_nan_and_a_fit_without_a_step_have_reasons_of_their_own():
