@@ -17,9 +17,7 @@ onnx-ready      program     ``torch.export.load(path).module()``, without the mo
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, overload
@@ -35,11 +33,11 @@ from lightning_fedsparse.callbacks.base import SparsityCallback
 from lightning_fedsparse.capacities import require_capacity
 from lightning_fedsparse.checkpoint import load_checkpoint
 from lightning_fedsparse.data import FederatedDataModule
+from lightning_fedsparse.durable import replace_file
 from lightning_fedsparse.federation import Federation
 from lightning_fedsparse.folding import load_folded
 from lightning_fedsparse.loop import FederatedLoop
 from lightning_fedsparse.recipe import RECIPE_NAME, Recipe
-from lightning_fedsparse.seeding import derive_seed
 from lightning_fedsparse.server import ServerOptimizer, ServerState
 from lightning_fedsparse.weight_files import encode_weights
 
@@ -128,7 +126,7 @@ def export_run(
     else:
         tensors = _tensors(part)
         content = encode_weights(tensors, sparse=sparse) if format == "safetensors" else _checkpoint(tensors)
-    _write(path, content)
+    replace_file(path, lambda file: file.write(content))
     return path
 
 
@@ -183,14 +181,11 @@ def _load_submodel(saved: dict[str, Any], arguments: Mapping[str, Any], module: 
     """What ``FederatedLoop.load_submodel`` writes, without the clients' data."""
     loop = FederatedLoop(**{**arguments, "default_root_dir": None})
     methods = [callback for callback in loop.callbacks if isinstance(callback, SparsityCallback)]
-    federation = Federation(ServerState.of(module), ServerOptimizer())
-    for position, method in enumerate(methods):
-        seed = derive_seed(loop.seed, "method", position)
-        federation.state = method.on_server_start(module, federation.state, seed)  # type: ignore[arg-type]
+    federation = Federation(ServerState.of(module), ServerOptimizer(), methods=methods)
+    federation.start(module, loop.seed)  # type: ignore[arg-type]
     federation.load_state_dict({**saved, "memories": {}, "memory_files": {}})  # what clients remember is no part of it
     federation.state.load_into(module)
     for method in methods:
-        method.on_server_resume(federation.state)
         method.to_effective_(dict(module.named_parameters()), capacity)
 
 
@@ -267,18 +262,3 @@ def _inputs_of(part: nn.Module, module: nn.Module, inputs: tuple[Tensor, ...]) -
     if not seen:
         raise ValueError(f"expected a submodule that forward uses, {type(part).__name__} is not used in it")
     return seen[0]
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)  # a full disk has better uses
-        raise OSError(f"expected to write {path}, got: {error.strerror}") from error

@@ -58,6 +58,7 @@ class UploadReader:
         self.wire = wire
         self._rule = rule
         self._travels = wire.rule_for(rule)
+        self.schema = state.schema
         self._limits = Limits.for_tensors(state.tensors)
 
     def decode(self, payload: bytes, support: MaskSet) -> SparseUpdate:
@@ -66,7 +67,7 @@ class UploadReader:
         Raises:
             PayloadError: If it is not what the round expects.
         """
-        update = decode(payload, schema=self.state.schema, reference=support, limits=self._limits)
+        update = decode(payload, schema=self.schema, reference=support, limits=self._limits)
         check_update(update, self.state.weights, buffers=self.state.buffers, support=support, rule=self._travels)
         return update
 

@@ -377,7 +377,7 @@ class FederatedLoop:
             self.folder.start()
         saved = None if ckpt_path is None else self.folder.load(ckpt_path)
         done: int = saved["round"] if saved else 0
-        self.memories.start(self.folder.path, fresh=ckpt_path is None)
+        self.memories.start(self.folder.path, fresh=not saved)
         if ckpt_path is not None and saved is not None:
             require_same_run(saved, self._recipe, self.rounds)
             self._federation.load_state_dict(saved)

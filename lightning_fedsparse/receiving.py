@@ -79,16 +79,16 @@ class Receiver:
         """An upload that can be read and is in time."""
         client_id, payload = result.client_id, result.payload
         support = self._federation.broadcaster.support(client_id)
-        state = self._federation.state
-        dense = size_in_bytes(state.tensors)
+        dense = size_in_bytes(self._federation.state.tensors)
         try:
             update = self._reader.decode(payload, support)
         except PayloadError as error:
             self._tally.up[client_id] = Traffic.of_refused(payload, dense=dense)
             self._lose(client_id, ClientFailure(FailureReason.INVALID_UPLOAD, str(error)))
             return None
-        up = Traffic.of(payload, update, schema=state.schema, reference=support, dense=dense)
-        self._tally.up[client_id] = up
+        self._tally.up[client_id] = up = Traffic.of(
+            payload, update, schema=self._reader.schema, reference=support, dense=dense
+        )
         transfer = self._reader.wire.transfer(client_id, self._tally.down[client_id], up).transfer_seconds
         seconds = result.seconds + (transfer or 0.0)
         deadline = self._intake.policy.deadline

@@ -23,6 +23,7 @@ from lightning_fedsparse.client import ClientJob, ClientResult, ClientWorker
 from lightning_fedsparse.executors.local import Executor, Outcome
 from lightning_fedsparse.failures import ClientFailure, FailedClient, FailureReason
 from lightning_fedsparse.payload import decode, encode
+from lightning_fedsparse.schema import Schema
 from lightning_fedsparse.seeding import derive_seed
 from lightning_fedsparse.update import MaskSet, SparseUpdate
 
@@ -183,7 +184,7 @@ class _FaultyWorker(ClientWorker):
         if fault == Fault.CORRUPTED:
             return replace(result, payload=_flip_a_bit(result.payload))
         if fault in (Fault.NOT_FINITE, Fault.EXPLODES, Fault.REVERSED):
-            return replace(result, payload=_damaged(result.payload, broadcast, fault))
+            return replace(result, payload=_damaged(result.payload, broadcast, self.worker.schema, fault))
         return result
 
 
@@ -197,17 +198,17 @@ def _flip_a_bit(payload: bytes) -> bytes:
     return payload[:middle] + bytes([payload[middle] ^ 1]) + payload[middle + 1 :]
 
 
-def _damaged(payload: bytes, broadcast: SparseUpdate, fault: Fault) -> bytes:
+def _damaged(payload: bytes, broadcast: SparseUpdate, schema: Schema, fault: Fault) -> bytes:
     """The same upload with other values, well-formed."""
     masks = broadcast.masks
     assert isinstance(masks, MaskSet), "a broadcast's masks have an id"
-    update = decode(payload, reference=masks)
+    update = decode(payload, schema=schema, reference=masks)
     values = {}
     for name, value in update.values.items():
         old = torch.zeros_like(value) if update.kind == "delta" else _at(broadcast, name, update)
         factor = {Fault.NOT_FINITE: float("nan"), Fault.EXPLODES: _FACTOR}.get(fault, -1.0)
         values[name] = old + factor * (value - old)
-    return encode(replace(update, values=values), reference=masks)
+    return encode(replace(update, values=values), schema=schema, reference=masks)
 
 
 def _at(broadcast: SparseUpdate, name: str, update: SparseUpdate) -> Tensor:

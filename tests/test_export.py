@@ -114,7 +114,6 @@ def trained(folder, *overrides):
     overrides = [o.replace("callbacks=f", "callbacks=lightning_fedsparse.callbacks.f") for o in overrides]
     overrides = [o.replace("callbacks=s", "callbacks=lightning_fedsparse.callbacks.s") for o in overrides]
     run = make_run(Recipe.read(file, overrides), folder / "run")
-    run.save_recipe()
     run.fit(resume=False)
     return run
 

@@ -206,13 +206,13 @@ class Kill(SparsityCallback):
             raise RuntimeError("killed")
 
 
-def federation(memories, folder, *, kill=-1, every=1, executor=None):
+def federation(memories, folder, *, kill=-1, every=1, executor=None, checkpointing=None):
     torch.manual_seed(0)
     model = Net()
     callbacks = [*feddip(0.8, reconfigure_every=2), CompressionMemory(), Kill(kill)]
     loop = FederatedLoop(
         6, 3, callbacks, wire=Wire(uploads="int8"), buffers="local", evaluation=QUIET, seed=1, console=False,
-        memories=memories, default_root_dir=folder, checkpointing=Checkpointing(every), executor=executor,
+        memories=memories, default_root_dir=folder, checkpointing=checkpointing or Checkpointing(every), executor=executor,
     )  # fmt: skip
     return loop, model
 
@@ -242,7 +242,7 @@ def in_memory(tmp_path_factory):
     return dict(enumerate(outcomes))
 
 
-@pytest.mark.parametrize(("uploads", "every"), [(4, 1), (6, 1), (7, 2), (14, 1), (14, 2), (18, 2)])
+@pytest.mark.parametrize(("uploads", "every"), [(2, 1), (4, 1), (6, 1), (7, 2), (14, 1), (14, 2), (18, 2)])
 def test_spilled_is_in_memory_to_the_bit_however_it_was_killed(in_memory, tmp_path, uploads, every):
     loop, model = federation(SpilledMemories(), tmp_path, kill=uploads, every=every)
     with pytest.raises(RuntimeError, match="killed"):
@@ -251,6 +251,20 @@ def test_spilled_is_in_memory_to_the_bit_however_it_was_killed(in_memory, tmp_pa
     loop.fit(model, loaders(clients()), ckpt_path="last")
     assert_same(dict(enumerate(outcome(loop, model))), in_memory)
     assert len(files(tmp_path / "memories")) == len(loop.memories)
+
+
+def test_any_of_the_best_goes_on_as_it_was(in_memory, tmp_path):
+    best = Checkpointing(monitor="train_loss", mode="max", save_top_k=2)  # the loss falls: early rounds stay
+    loop, model = federation(SpilledMemories(), tmp_path / "run", checkpointing=best)
+    loop.fit(model, loaders(clients()))
+    assert len(files(tmp_path / "run" / "memories")) > len(loop.memories)
+    kept = sorted((tmp_path / "run" / "checkpoints").glob("round=*.ckpt"))
+    assert len(kept) == 2
+    for checkpoint in kept:
+        folder = shutil.copytree(tmp_path / "run", tmp_path / checkpoint.stem)
+        loop, model = federation(SpilledMemories(), folder, checkpointing=best)
+        loop.fit(model, loaders(clients()), ckpt_path=folder / "checkpoints" / checkpoint.name)
+        assert_same(dict(enumerate(outcome(loop, model))), in_memory)
 
 
 def test_uninterrupted_spilled_is_in_memory_to_the_bit(in_memory, tmp_path):
