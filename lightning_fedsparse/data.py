@@ -21,6 +21,7 @@ from lightning_fedsparse.checks import require_a, require_lightning
 from lightning_fedsparse.clients import Client
 from lightning_fedsparse.loaders import LoaderSettings, class_labels, client_keys
 from lightning_fedsparse.partition import Indices, Partition
+from lightning_fedsparse.parts import Parts
 from lightning_fedsparse.schedules import Progress
 
 __all__ = ["Client", "FederatedDataModule"]
@@ -91,7 +92,7 @@ class FederatedDataModule(LightningDataModule):
         self._capacities = capacities
         self._capacity_of: dict[str, float] = {}
         self._settings: LoaderSettings | None = None
-        self._parts: Mapping[str, Indices] = {}
+        self._parts = Parts({})
         self._ids: list[str] = []
         self._own_clients: dict[str, Client] = {}
 
@@ -185,7 +186,7 @@ class FederatedDataModule(LightningDataModule):
         if labels is not None and len(labels) != num_examples:
             raise ValueError(f"{type(dataset).__name__} has {num_examples} examples but {len(labels)} labels or keys")
         try:
-            parts = self._partition.split(labels, num_examples, self._seed)
+            parts = Parts(self._partition.split(labels, num_examples, self._seed))
         except ValueError as error:
             if labels is not None:
                 raise
@@ -194,16 +195,16 @@ class FederatedDataModule(LightningDataModule):
         self._check_sizes(parts, settings)
         self._settings, self._parts = settings, parts
 
-    def _check_sizes(self, parts: Mapping[str, Indices], settings: LoaderSettings) -> None:
+    def _check_sizes(self, parts: Parts, settings: LoaderSettings) -> None:
         batch_size = settings.arguments["batch_size"]
-        for client_id, part in parts.items():
-            if not part.size:
+        for client_id, size in parts.sizes.items():
+            if not size:
                 raise ValueError(f"client {client_id!r} has no examples")
-            train = part.size - self._num_validation(part.size)
+            train = size - self._num_validation(size)
             if train < 1:
                 raise ValueError(
                     f"validation_fraction {self._validation_fraction} leaves client {client_id!r} "
-                    f"no training example out of {part.size}"
+                    f"no training example out of {size}"
                 )
             if settings.arguments["drop_last"] and train < batch_size:
                 raise ValueError(
