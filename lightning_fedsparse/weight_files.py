@@ -78,7 +78,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             mask = unpack_mask({"bits": tensors.pop(f"{name}:mask"), "shape": shape})
             values = tensors.pop(f"{name}:values")
             tensors[name] = torch.zeros(shape, dtype=values.dtype).masked_scatter_(mask, _all_of(mask, values))
-    except (KeyError, ValueError) as error:
+    # the last two come from shapes that are no lists of integers by name
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"expected the masks and values of a sparse file, got others in {path}: {error}") from error
     return tensors
 

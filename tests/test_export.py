@@ -1,6 +1,8 @@
 """From a run folder to files that a plain module loads: what they hold is what was evaluated, bit for bit."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -303,6 +305,14 @@ def test_parts_that_do_not_fit(tensors, message, tmp_path):
         read_weights(tmp_path / "a")
 
 
+@pytest.mark.parametrize("shapes", ["[4]", '{"w": 4}', '{"w": null}', '{"w": ["4"]}', '{"w": [2.0, 2]}', "{"])
+def test_shapes_that_are_none(shapes, tmp_path):
+    tensors = {"w:mask": torch.tensor([192], dtype=torch.uint8), "w:values": torch.ones(2)}
+    save_file(tensors, tmp_path / "a", {"format": "lightning-fedsparse sparse 1", "shapes": shapes})
+    with pytest.raises(ValueError, match="expected the masks and values of a sparse file, got others in .*a: "):
+        read_weights(tmp_path / "a")
+
+
 def test_a_file_that_is_none(tmp_path):
     (tmp_path / "a").write_text("no weights")
     with pytest.raises(ValueError, match="expected a safetensors file, got something else in .*a: "):
@@ -363,6 +373,18 @@ def test_the_command_writes_and_overwrites(feddip_run, tmp_path, monkeypatch, ca
     assert capsys.readouterr().out == f"saved in model.safetensors, {size:,} bytes\n"
     assert_same(read_weights("model.safetensors"), dict(feddip_run._model.state_dict()))
     assert [path.name for path in Path().iterdir()] == ["model.safetensors"]
+
+
+def test_a_disk_that_is_full(feddip_run, tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("an older one")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="expected to write .*a, got: No space left on device"):
+        export_run(feddip_run.folder, tmp_path / "a", overwrite=True)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["an older one"]
 
 
 def test_a_model_that_cannot_be_traced(tmp_path):
