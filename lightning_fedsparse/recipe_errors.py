@@ -102,7 +102,7 @@ def near_matches(name: str, known: Iterable[str]) -> str:
         >>> near_matches("quikstart", ["quickstart", "other"])
         'did you mean quickstart?'
     """
-    close = get_close_matches(name, sorted(set(known)), n=2)
+    close = get_close_matches(name, sorted(set(known)), n=2, cutoff=0.65)
     return f"did you mean {' or '.join(close)}?" if close else ""
 
 
