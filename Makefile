@@ -1,5 +1,7 @@
 # Everything a developer runs; .ci/run calls the same targets. Another interpreter: make env PYTHON=python3.12
 PYTHON ?= python3
+# processes that tests run in; 0 is this one
+JOBS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -c constraints.txt
 
@@ -28,10 +30,10 @@ check: env  ## lint, formatting, types, spelling
 	$(BIN)/codespell
 
 test: env  ## the whole test suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 test-fast: env  ## the test suite without the tests marked slow
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
 
 build: env  ## wheel and source archive in dist/
 	$(BIN)/python -m build --no-isolation

@@ -1,6 +1,6 @@
 """Runs that are killed, runs that are long, and what saving them costs.
 
-    python docs/benchmarks/soak.py kill                           # 200 kills at random moments; about an hour and a half
+    python docs/benchmarks/soak.py kill                           # 200 kills at random moments; about half an hour
     python docs/benchmarks/soak.py kill --kills 6 --only feddip   # fewer, of one recipe
     python docs/benchmarks/soak.py rounds                         # 10,000 rounds
     python docs/benchmarks/soak.py cost                           # needs Fashion-MNIST, see docs/recipes.md
@@ -43,13 +43,13 @@ from lightning_fedsparse.runs import FederatedRun
 PAGE = Path(__file__).with_name("soak.md")
 SHARED = Path("/dev/shm")
 
-# The quickstart's data and model under each method, with whatever keeps state between rounds: on clients, on the server, on
+# The quickstart's data and model under each method (and the drifting data under one), with whatever keeps state between rounds: on clients, on the server, on
 # the wire. The best two rounds are kept, and not every round is saved.
-LOOP = """base: quickstart
+LOOP = """base: {base}
 loop:
   rounds: {rounds}
   evaluation: {{split: test, every: 2}}
-  checkpointing: {{every_n_rounds: {every}, monitor: test_accuracy, mode: max, save_top_k: 2}}
+  checkpointing: {{every_n_rounds: {every}, monitor: train_loss, mode: min, save_top_k: 2}}
 """
 FEDDIP = """  callbacks:
     class_path: lightning_fedsparse.callbacks.feddip
@@ -58,30 +58,35 @@ FEDDIP = """  callbacks:
 RECIPES = {
     "fedavg, momentum on the server": (
         1,
+        "quickstart",
         """  callbacks: []
   server_optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.9, momentum: 0.5}}
 """,
     ),
-    "feddip, residuals kept": (2, FEDDIP),
+    "feddip, residuals kept": (2, "quickstart", FEDDIP),
     "feddip, residuals kept, int8 uploads": (
         1,
+        "quickstart",
         FEDDIP
         + """  wire: {class_path: lightning_fedsparse.wire.Wire, init_args: {uploads: int8}}
 """,
     ),
     "feddip, two workers": (
         1,
+        "quickstart",
         FEDDIP
         + """  executor: {class_path: lightning_fedsparse.executors.ProcessExecutor, init_args: {workers: 2}}
 """,
     ),
     "sparsyfed": (
         3,
+        "quickstart",
         """  callbacks: {class_path: lightning_fedsparse.callbacks.sparsyfed, init_args: {sparsity: 0.9}}
 """,
     ),
     "fiarse, four sizes": (
         2,
+        "quickstart",
         """  callbacks: {class_path: lightning_fedsparse.callbacks.fiarse}
   aggregator: {class_path: lightning_fedsparse.aggregation.MaskedMean}
 data:
@@ -93,12 +98,29 @@ data:
     ),
     "feddst": (
         1,
+        "quickstart",
         """  callbacks:
     - {class_path: lightning_fedsparse.callbacks.DynamicSparseTraining, init_args: {sparsity: 0.8, every: 1}}
 """,
     ),
+    "heterofl, random units": (
+        1,
+        "quickstart",
+        """  callbacks:
+    - {class_path: lightning_fedsparse.callbacks.WidthMasking, init_args: {selection: random}}
+model:
+  init_args: {image_shape: [1, 8, 8]}
+data:
+  init_args:
+    capacities:
+      class_path: lightning_fedsparse.capacities.CapacityShares
+      init_args: {shares: {1.0: 0.5, 0.25: 0.5}}
+""",
+    ),
+    "feddip, data that change": (1, "drift-feddip", ""),
     "prunefl": (
         2,
+        "quickstart",
         """  callbacks:
     - class_path: lightning_fedsparse.callbacks.GradientPruning
       init_args:
@@ -121,9 +143,9 @@ def kill(arguments: argparse.Namespace) -> bool:
     segments = set(SHARED.glob("torch_*"))
     with tempfile.TemporaryDirectory() as scratch:
         wholes = {}
-        for number, (name, (every, text)) in enumerate(recipes.items()):
+        for number, (name, (every, base, text)) in enumerate(recipes.items()):
             path = Path(scratch, f"{number}.yaml")
-            path.write_text(LOOP.format(rounds=arguments.rounds, every=every) + text, encoding="utf-8")
+            path.write_text(LOOP.format(base=base, rounds=arguments.rounds, every=every) + text, encoding="utf-8")
             folder = Path(scratch, f"{number}-whole")
             wholes[name] = path, folder, life(path, folder, None)
         while sum(kills for kills, _, _ in counts.values()) < arguments.kills:
