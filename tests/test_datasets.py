@@ -40,7 +40,7 @@ def idx(code, shape, values):
 @pytest.mark.parametrize("packed", [False, True])
 def test_idx_reads_bytes_plain_or_gzipped(tmp_path, packed):
     content = idx(0x08, (2, 3), bytes([1, 2, 3, 4, 5, 255]))
-    (tmp_path / "file").write_bytes(gzip.compress(content) if packed else content)
+    (tmp_path / "file").write_bytes(gzip.compress(content, mtime=0) if packed else content)
     array = read_idx(tmp_path / "file")
     assert array.dtype == np.uint8
     assert array.tolist() == [[1, 2, 3], [4, 5, 255]]
@@ -69,7 +69,7 @@ def test_idx_reads_every_type(tmp_path, code, form, dtype):
         (idx(0x08, (2, 3), b"12345"), r"holds 5 bytes of values, its header states 6 \(shape \(2, 3\)\)"),
         (idx(0x08, (2, 3), b"1234567"), "holds 7 bytes of values, its header states 6"),
         (idx(0x08, (2**32 - 1,) * 3, b"1"), "holds 1 bytes of values, its header states"),
-        (gzip.compress(idx(0x08, (2,), b"12"))[:-4], "is not a complete gzip file"),
+        (gzip.compress(idx(0x08, (2,), b"12"), mtime=0)[:-4], "is not a complete gzip file"),
     ],
 )
 def test_idx_bad_input(tmp_path, content, message):
@@ -447,7 +447,7 @@ def write_mnist(folder, monkeypatch):
             ("labels-idx1", idx(0x08, (size,), bytes(range(size)))),
         ):
             table[f"{half}-{name}-ubyte.gz"] = hashlib.sha256(content).hexdigest()
-            (folder / f"{half}-{name}-ubyte.gz").write_bytes(gzip.compress(content))
+            (folder / f"{half}-{name}-ubyte.gz").write_bytes(gzip.compress(content, mtime=0))
     monkeypatch.setattr("lightning_fedsparse.datasets.mnist._MNIST", table)
 
 
@@ -491,7 +491,7 @@ def test_mnist_writers_are_clients(tmp_path, monkeypatch, name, content):
     ("name", "content", "message"),
     [
         (LABELS, qmnist_labels(range(5), WRITERS[:5]), r"must have shape \(6, 8\), got \(5, 8\)"),
-        (LABELS, gzip.compress(idx(0x08, (6,), bytes(6))), r"must have shape \(6, 8\), got \(6,\)"),
+        (LABELS, gzip.compress(idx(0x08, (6,), bytes(6)), mtime=0), r"must have shape \(6, 8\), got \(6,\)"),
         (LABELS, qmnist_labels([1] * 6, WRITERS), "the classes in column 0 of .* are not those of MNIST's training"),
         (NPZ, npz(other=np.zeros(6)), "lacks the array train_writer"),
         (NPZ, npz(train_writer=np.zeros(6)), r"must be 6 integers, got float64 of shape \(6,\)"),
