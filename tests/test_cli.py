@@ -345,13 +345,21 @@ def test_ctrl_c_ends_cleanly_with_what_was_done() -> None:
         "--loop.checkpointing.every_n_rounds=1",
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # a shell's background job ignores the signal, and so would its children; one that is handled here is theirs to handle
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
     ) as process:
         record = Path("runs/quickstart/history.jsonl")
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and not (record.exists() and record.read_text().count("\n") >= 3):
             time.sleep(0.05)
+        signal.signal(signal.SIGINT, before)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert process.returncode == 130
