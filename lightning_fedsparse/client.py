@@ -13,7 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
@@ -154,8 +154,6 @@ class ClientWorker:
         if broadcast is None:
             reference = None if job.reference_id is None else self._masks[job.reference_id]
             broadcast = decode(job.payload, schema=self.schema, reference=reference)
-            if not isinstance(broadcast.masks, MaskSet):
-                broadcast = replace(broadcast, masks=MaskSet.of(broadcast.masks))
         self._received[key] = broadcast
         while len(self._received) > _KEPT_BROADCASTS:
             self._received.popitem(last=False)
@@ -263,7 +261,7 @@ _BUFFERS = "buffers"
 
 
 def _masks_of(broadcast: SparseUpdate) -> MaskSet:
-    assert isinstance(broadcast.masks, MaskSet), "a broadcast's masks have an id"
+    assert isinstance(broadcast.masks, MaskSet), "what was decoded has masks with an id"
     return broadcast.masks
 
 
