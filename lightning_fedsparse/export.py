@@ -38,6 +38,7 @@ from lightning_fedsparse.federation import Federation
 from lightning_fedsparse.folding import load_folded
 from lightning_fedsparse.loop import FederatedLoop
 from lightning_fedsparse.recipe import RECIPE_NAME, Recipe
+from lightning_fedsparse.run_folder import RunFolder
 from lightning_fedsparse.server import ServerOptimizer, ServerState
 from lightning_fedsparse.weight_files import encode_weights
 
@@ -143,10 +144,10 @@ class _RunFiles:
             return cls(run.parent.parent, run)
         if not run.is_dir():
             raise ValueError(f"expected a run folder or one of its checkpoints, found nothing at {run}")
-        checkpoint = run / "checkpoints" / "last.ckpt"
-        if not checkpoint.is_file():
-            raise ValueError(f"expected a run with a checkpoint, found none at {checkpoint}")
-        return cls(run, checkpoint)
+        folder = RunFolder(run)
+        if folder.saved is None:
+            raise ValueError(f"expected a run with a checkpoint, found none at {folder.checkpoint}")
+        return cls(run, folder.saved)
 
     @property
     def is_federation(self) -> bool:
