@@ -7,7 +7,6 @@ nothing of the server: masks arrive with the broadcast only.
 from __future__ import annotations
 
 import copy
-import random
 import sys
 import time
 from collections import OrderedDict
@@ -17,14 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from lightning_fedsparse.callbacks.base import SparsityCallback
 from lightning_fedsparse.data import FederatedDataModule
-from lightning_fedsparse.failures import LossNotFiniteError, NoStepError
+from lightning_fedsparse.generators import own_generators
 from lightning_fedsparse.payload import decode
 from lightning_fedsparse.quiet import quiet_lightning
 from lightning_fedsparse.resident import ResidentTrainer, restored_on_error
@@ -32,6 +29,7 @@ from lightning_fedsparse.rounds import ClientRound
 from lightning_fedsparse.schedules import Progress
 from lightning_fedsparse.schema import Schema
 from lightning_fedsparse.seeding import derive_seed
+from lightning_fedsparse.training_loss import TrainingLoss
 from lightning_fedsparse.update import MaskSet, SparseUpdate, gather, scatter_
 from lightning_fedsparse.wire import Wire
 
@@ -119,7 +117,7 @@ class ClientWorker:
         self.module = module
         self.data = data
         # it copies them now: what the server's own instances gather during the run stays with the server
-        self._trainers = ResidentTrainer(trainer, [*callbacks, _Probe()], fresh=fresh_trainer)
+        self._trainers = ResidentTrainer(trainer, [*callbacks, TrainingLoss()], fresh=fresh_trainer)
         self._wire = wire or Wire()
         self._local_buffers = local_buffers
         self.schema = Schema.of(dict(module.named_parameters()), self._buffers())
@@ -176,17 +174,14 @@ class ClientWorker:
         self.data.start_round(Progress(job.index, job.total))
         client = self.data.client(job.client_id)
         client_round = ClientRound(job.index, job.total, job.client_id, job.seed, masks, client.capacity)
-        with (
-            _own_generators(job.seed),
-            quiet_lightning(),
-            self._cleared(f"client {job.client_id!r} in round {job.index + 1}"),
-        ):
+        where = f"client {job.client_id!r} in round {job.index + 1}"
+        with own_generators(job.seed), quiet_lightning(), self._cleared(where):
             trainer = self._trainers.next()
             methods = _methods_of(trainer)
             self._start_round(trainer, methods, client_round, job.memory)
             trainer.fit(self.module, train_dataloaders=client.train_loader(), val_dataloaders=client.val_loader())
-            probe = next(callback for callback in trainer.callbacks if isinstance(callback, _Probe))  # type: ignore[attr-defined]
-            loss = probe.mean_loss(trainer, job)
+            losses = next(callback for callback in trainer.callbacks if isinstance(callback, TrainingLoss))  # type: ignore[attr-defined]
+            loss = losses.mean(trainer, where)
             update = self._make_update(job, masks, client.num_examples, loss)
             for method in methods:
                 update = method.on_client_round_end(trainer, self.module, update)
@@ -267,51 +262,3 @@ def _masks_of(broadcast: SparseUpdate) -> MaskSet:
 
 def _methods_of(trainer: pl.Trainer) -> list[SparsityCallback]:
     return [callback for callback in trainer.callbacks if isinstance(callback, SparsityCallback)]  # type: ignore[attr-defined]
-
-
-class _Probe(pl.Callback):
-    """Adds up the training loss on its device and reads it once, at the end."""
-
-    def __init__(self) -> None:
-        self._sum: Tensor | None = None
-        self._batches = 0
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if isinstance(loss, Tensor):
-            # Lightning has divided the loss by the number of accumulated batches for the backward pass
-            loss = loss.detach() * trainer.accumulate_grad_batches
-            self._sum = loss if self._sum is None else self._sum + loss
-            self._batches += 1
-
-    def mean_loss(self, trainer: pl.Trainer, job: ClientJob) -> float | None:
-        where = f"client {job.client_id!r} in round {job.index + 1}"
-        if trainer.global_step == 0:
-            raise NoStepError(
-                f"expected at least one optimizer step, got none from {where}: its loader gave no batch, or the "
-                "Trainer's limits (max_epochs, max_steps, limit_train_batches) allow none"
-            )
-        if self._sum is None:
-            return None
-        mean = float(self._sum) / self._batches
-        if not np.isfinite(mean):
-            raise LossNotFiniteError(
-                f"expected a finite training loss, got {mean} from {where}: look for NaN in its data, or lower the learning rate"
-            )
-        return mean
-
-
-@contextmanager
-def _own_generators(seed: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's generators, and put them back afterwards."""
-    isolation = isolate_rng()
-    isolation.__enter__()
-    try:
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
-        yield
-    finally:
-        isolation.__exit__(None, None, None)  # told of an error it would put nothing back

@@ -11,27 +11,20 @@ A client whose worker dies three times over, or that takes longer than it may, h
 from __future__ import annotations
 
 import os
-import pickle
-import signal
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from functools import partial
-from multiprocessing.connection import Connection, wait
-from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
-from threading import Thread
-from typing import Any
+from dataclasses import replace
+from multiprocessing.connection import wait
 
-import torch
-from torch import Tensor, multiprocessing
+from torch import Tensor
 from typing_extensions import override
 
 from lightning_fedsparse.client import ClientJob, ClientResult, ClientWorker
-from lightning_fedsparse.executors.local import Executor, Outcome, attempt
-from lightning_fedsparse.executors.sharing import SharedUpdate, in_shared_memory
-from lightning_fedsparse.failures import ClientFailure, FailedClient, FailureReason
+from lightning_fedsparse.executors.local import Executor, Outcome
+from lightning_fedsparse.executors.sharing import SharedUpdate
+from lightning_fedsparse.executors.worker_process import ClientTask, WorkerProcess, pickled
+from lightning_fedsparse.failures import FailureReason
 from lightning_fedsparse.update import SparseUpdate
 
 __all__ = ["ProcessExecutor"]
@@ -68,7 +61,7 @@ class ProcessExecutor(Executor):
         self.timeout = timeout
         self.start_timeout = start_timeout
         self._pickled: tuple[ClientWorker, Tensor] | None = None
-        self._processes: list[_Process] = []
+        self._processes: list[WorkerProcess] = []
         self._seconds: dict[str, float] = {}
 
     @override
@@ -83,7 +76,7 @@ class ProcessExecutor(Executor):
     def run(self, worker: ClientWorker, jobs: Iterable[ClientJob]) -> Iterator[Outcome]:
         self._use(worker)
         source = iter(jobs)
-        window: dict[int, _Task] = {}
+        window: dict[int, ClientTask] = {}
         read, given = 0, 0
         shared: OrderedDict[int, tuple[SparseUpdate, SharedUpdate]] = OrderedDict()
         while True:
@@ -93,7 +86,7 @@ class ProcessExecutor(Executor):
                     shared[id(broadcast)] = broadcast, SharedUpdate.of(broadcast)
                     if len(shared) > _KEPT_BROADCASTS:
                         shared.popitem(last=False)
-                window[read] = _Task(replace(job, payload=b""), shared[id(broadcast)][1])
+                window[read] = ClientTask(replace(job, payload=b""), shared[id(broadcast)][1])
                 read += 1
             if not window:
                 return
@@ -119,25 +112,25 @@ class ProcessExecutor(Executor):
         """Have workers that are copies of this one."""
         if self._pickled is None or self._pickled[0] is not worker:
             self.stop()
-            self._pickled = worker, _pickle(worker)
+            self._pickled = worker, pickled(worker)
         for process in self._processes:
             if process.task is not None:  # of a round that was given up
                 process.end()
         self._processes = [process for process in self._processes if process.task is None]
 
-    def _start_for(self, tasks: list[_Task]) -> None:
+    def _start_for(self, tasks: list[ClientTask]) -> None:
         """Have a worker for each task, as far as there are to be so many."""
         unfinished = sum(task.result is None for task in tasks)
         while len(self._processes) < min(self.workers, unfinished):
             self._processes.append(self._start(len(self._processes)))
 
-    def _start(self, number: int) -> _Process:
+    def _start(self, number: int) -> WorkerProcess:
         assert self._pickled is not None
         cores = sorted(os.sched_getaffinity(0)) if self.pin and hasattr(os, "sched_getaffinity") else []
         core = cores[number % len(cores)] if cores else None
-        return _Process(self._pickled[1], core, self.start_timeout)
+        return WorkerProcess(self._pickled[1], core, self.start_timeout)
 
-    def _give_out(self, tasks: list[_Task]) -> None:
+    def _give_out(self, tasks: list[ClientTask]) -> None:
         waiting = [task for task in tasks if not task.running and task.result is None]
         # clients that never ran come first: they may be the longest
         waiting.sort(key=lambda task: -self._seconds.get(task.job.client_id, float("inf")))
@@ -181,7 +174,7 @@ class ProcessExecutor(Executor):
             return FailureReason.LATE, job.deadline
         return FailureReason.TIMED_OUT, self.timeout
 
-    def _replace(self, process: _Process) -> None:
+    def _replace(self, process: WorkerProcess) -> None:
         """Start another worker in place of one that died or was in the way; its client, unless it failed, waits again."""
         process.end()
         if not process.started:
@@ -202,140 +195,3 @@ class ProcessExecutor(Executor):
             )
         number = self._processes.index(process)
         self._processes[number] = self._start(number)
-
-
-@dataclass
-class _Task:
-    """One client's round: where it stands."""
-
-    job: ClientJob
-    broadcast: SharedUpdate
-    running: bool = False
-    deaths: int = 0
-    result: Outcome | None = None
-
-    @property
-    def where(self) -> str:
-        return f"client {self.job.client_id!r} in round {self.job.index + 1}"
-
-    def fail(self, reason: FailureReason, sentence: str) -> None:
-        """End it without a result of its client."""
-        self.result = FailedClient(self.job.client_id, self.job.index, ClientFailure(reason, sentence))
-
-
-@dataclass
-class _Process:
-    """One worker process, as this one sees it."""
-
-    pickled: Tensor
-    core: int | None
-    start_timeout: float
-    task: _Task | None = None
-    started: bool = False
-    deadline: float = float("inf")
-    exitcode: int | None = None
-    _last: SharedUpdate | None = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(theirs, torch.get_num_threads(), self.core), daemon=True, name="fedsparse worker"
-        )
-        self._process.start()
-        theirs.close()
-        self.sentinel = self._process.sentinel
-        self.deadline = time.monotonic() + self.start_timeout
-        with suppress(OSError):  # if it died already, its sentinel says so
-            self.connection.send(self.pickled)
-
-    @property
-    def handles(self) -> tuple[Connection, int]:
-        return self.connection, self.sentinel
-
-    def give(self, task: _Task, timeout: float) -> None:
-        """Send a client's round, with its broadcast if that is not the last one sent."""
-        with suppress(OSError):  # if it died, its sentinel says so
-            # by plain pickle, here and back: what clients remember must not stay in shared memory for the whole run
-            self.connection.send_bytes(pickle.dumps(task.job))
-            self.connection.send(None if task.broadcast is self._last else task.broadcast)
-        self._last = task.broadcast
-        self.task, task.running = task, True
-        self.deadline = time.monotonic() + timeout
-
-    def listen(self) -> Outcome | BaseException | None:
-        """What the worker says; None if that is only that it has started.
-
-        Raises:
-            EOFError, OSError: If it died instead.
-        """
-        data = self.connection.recv_bytes()
-        if not data:
-            self.started = True
-            return None
-        said: Outcome | BaseException = pickle.loads(data)
-        return said
-
-    def end(self) -> None:
-        """End the process at once."""
-        self._process.kill()
-        self._process.join()
-        self.exitcode = self._process.exitcode
-        self.connection.close()
-
-
-def _serve(connection: Connection, threads: int, core: int | None) -> None:
-    """A worker process: takes the worker, then jobs until the other side is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that runs the rounds
-    Thread(target=_end_with_parent, daemon=True).start()
-    if core is not None:
-        os.sched_setaffinity(0, {core})
-    torch.set_num_threads(threads)
-    worker: ClientWorker = pickle.loads(connection.recv().numpy())
-    connection.send_bytes(b"")
-    broadcast: SparseUpdate | None = None
-    while True:
-        try:
-            job = pickle.loads(connection.recv_bytes())
-            shared: SharedUpdate | None = connection.recv()
-        except EOFError:
-            return
-        if shared is not None:
-            broadcast = shared.open()
-        assert broadcast is not None
-        try:
-            said: Any = attempt(job, partial(worker.train, job, broadcast))
-            if isinstance(said, FailedClient) and said.error is not None:
-                said = replace(said, error=_sendable(said.error))
-        except BaseException as error:  # noqa: BLE001  # whatever it is, it is for the other side
-            said = _sendable(error)
-        connection.send_bytes(pickle.dumps(said))
-
-
-def _end_with_parent() -> None:
-    """End this process when the one that started it is gone, also in the middle of a client's round."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _sendable(error: BaseException) -> Any:
-    """The error with the traceback of here as its cause, as it will arrive."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # noqa: BLE001  # an exception's own pickling may fail in any way
-        error = RuntimeError(f"{type(error).__name__}: {error}").with_traceback(error.__traceback__)
-    return ExceptionWithTraceback(error, error.__traceback__)
-
-
-def _pickle(worker: ClientWorker) -> Tensor:
-    """The worker as bytes in shared memory, for any number of processes."""
-    for name, part in worker.parts.items():
-        try:
-            pickle.dumps(part)
-        except Exception as error:
-            raise ValueError(
-                f"expected {name} to be sent to worker processes, got what can't be pickled: {error}"
-            ) from error
-    return in_shared_memory(torch.frombuffer(bytearray(pickle.dumps(worker)), dtype=torch.uint8))

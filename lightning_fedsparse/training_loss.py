@@ -1,0 +1,59 @@
+"""A client's mean training loss, and whether its fit was one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import isfinite
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_fedsparse.failures import LossNotFiniteError, NoStepError
+
+__all__ = ["TrainingLoss"]
+
+
+class TrainingLoss(pl.Callback):
+    """Adds up the training loss on its device and reads it once, at the end."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._batches = 0
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor):
+            # Lightning has divided the loss by the number of accumulated batches for the backward pass
+            loss = loss.detach() * trainer.accumulate_grad_batches
+            self._sum = loss if self._sum is None else self._sum + loss
+            self._batches += 1
+
+    def mean(self, trainer: pl.Trainer, where: str) -> float | None:
+        """The mean over the batches of the fit; None if no step returned a loss.
+
+        Args:
+            trainer: Of the fit, which is over.
+            where: Client and round, for errors.
+
+        Raises:
+            NoStepError: If the fit took no optimizer step.
+            LossNotFiniteError: If the mean is not finite.
+        """
+        if trainer.global_step == 0:
+            raise NoStepError(
+                f"expected at least one optimizer step, got none from {where}: its loader gave no batch, or the "
+                "Trainer's limits (max_epochs, max_steps, limit_train_batches) allow none"
+            )
+        if self._sum is None:
+            return None
+        mean = float(self._sum) / self._batches
+        if not isfinite(mean):
+            raise LossNotFiniteError(
+                f"expected a finite training loss, got {mean} from {where}: look for NaN in its data, or lower the learning rate"
+            )
+        return mean
