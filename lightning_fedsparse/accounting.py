@@ -35,7 +35,7 @@ class Traffic:
         dense: As raw dense tensors.
         bound: The least for these masks with raw values; 0 for a payload that was refused.
         codings: Parameters by how their positions travel (``"dense"``, ``"known"``, ``"changes"``, ``"gaps"``,
-            ``"packed_bitmap"``, ``"bitmap"``), as the encoder chose.
+            ``"packed_bitmap"``, ``"bitmap"``), as the encoder chose; ``"counted"`` where nothing was encoded.
     """
 
     total: int = 0
@@ -70,9 +70,16 @@ class Traffic:
         return cls(sizes.total, sizes.positions, sizes.values, sizes.header, dense, bound, sizes.codings)
 
     @classmethod
-    def of_refused(cls, payload: bytes, *, dense: int) -> Traffic:
-        """Count a payload that nothing can be believed of."""
-        return cls(total=len(payload), header=len(payload), dense=dense)
+    def counted(cls, update: SparseUpdate, *, reference: MaskSet | None, dense: int) -> Traffic:
+        """Count what was not encoded: the bound, masks and raw values."""
+        bound = entropy_bound(update, reference=reference)
+        values = size_in_bytes({**update.values, **update.buffers})
+        return cls(bound, bound - values, values, 0, dense, bound, {"counted": len(update.masks)})
+
+    @classmethod
+    def of_refused(cls, size: int, *, dense: int) -> Traffic:
+        """Count a payload of so many bytes that nothing can be believed of."""
+        return cls(total=size, header=size, dense=dense)
 
     @classmethod
     def sum(cls, parts: Iterable[Traffic]) -> Traffic:

@@ -23,7 +23,7 @@ from lightning_fedsparse.clients import Client
 from lightning_fedsparse.masks import pack_mask, unpack_mask
 from lightning_fedsparse.server import ServerState
 from lightning_fedsparse.update import MaskSet, SparseUpdate
-from lightning_fedsparse.wire import Wire
+from lightning_fedsparse.wire import Message, Wire
 
 __all__ = ["Broadcast", "Broadcaster", "pack_masks", "unpack_masks"]
 
@@ -33,12 +33,12 @@ class Broadcast:
     """What one client is sent.
 
     Args:
-        payload: The bytes.
+        payload: What the wire carries.
         reference_id: Id of the masks they lean on, if on any.
         traffic: Their account.
     """
 
-    payload: bytes
+    payload: Message
     reference_id: str | None
     traffic: Traffic
 
@@ -129,7 +129,7 @@ class Broadcaster:
         schema = self._state.schema
         payload = self._wire.encode_broadcast(update, schema=schema, reference=reference, seed=self._seed)
         dense = size_in_bytes(self._state.tensors)
-        traffic = Traffic.of(payload, update, schema=schema, reference=reference, dense=dense)
+        traffic = self._wire.measure(payload, update, schema=schema, reference=reference, dense=dense)
         return Broadcast(payload, None if reference is None else reference.id, traffic)
 
     def _update_for(self, client: Client) -> SparseUpdate:

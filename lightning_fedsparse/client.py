@@ -17,12 +17,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
 from lightning_fedsparse.callbacks.base import SparsityCallback
 from lightning_fedsparse.data import FederatedDataModule
 from lightning_fedsparse.generators import own_generators
-from lightning_fedsparse.payload import decode
 from lightning_fedsparse.quiet import quiet_lightning
 from lightning_fedsparse.resident import ResidentTrainer, restored_on_error
 from lightning_fedsparse.rounds import ClientRound
@@ -31,7 +31,7 @@ from lightning_fedsparse.schema import Schema
 from lightning_fedsparse.seeding import derive_seed
 from lightning_fedsparse.training_loss import TrainingLoss
 from lightning_fedsparse.update import MaskSet, SparseUpdate, gather, scatter_
-from lightning_fedsparse.wire import Wire
+from lightning_fedsparse.wire import Message, Wire
 
 __all__ = ["KEPT_MASK_VERSIONS", "ClientJob", "ClientResult", "ClientWorker"]
 
@@ -50,7 +50,7 @@ class ClientJob:
         index: Round, from 0.
         total: Rounds of the federation.
         seed: Seed of this client in this round.
-        payload: Encoded broadcast.
+        payload: Broadcast, as the wire carries it.
         reference_id: Id of the masks that the broadcast leans on, if it leans on any.
         memory: What the client's callbacks remember, by their state key.
         kept_versions: How many mask versions to hold from now on.
@@ -61,7 +61,7 @@ class ClientJob:
     index: int
     total: int
     seed: int
-    payload: bytes
+    payload: Message
     reference_id: str | None
     memory: Mapping[str, Any] = field(default_factory=dict)
     kept_versions: int = KEPT_MASK_VERSIONS
@@ -74,14 +74,14 @@ class ClientResult:
 
     Args:
         client_id: Id of the client.
-        payload: Encoded upload.
+        payload: Upload, as the wire carries it.
         memory: What the client's callbacks remember until its next round, by their state key.
         seconds: Wall time of the client's round.
         index: The round, from 0.
     """
 
     client_id: str
-    payload: bytes
+    payload: Message
     memory: Mapping[str, Any]
     seconds: float
     index: int
@@ -122,7 +122,8 @@ class ClientWorker:
         self._local_buffers = local_buffers
         self.schema = Schema.of(dict(module.named_parameters()), self._buffers())
         self._masks: OrderedDict[str, MaskSet] = OrderedDict()
-        self._received: OrderedDict[tuple[bytes, str | None], SparseUpdate] = OrderedDict()
+        self._received: OrderedDict[tuple[Message, str | None], SparseUpdate] = OrderedDict()
+        self._moved: OrderedDict[int, tuple[SparseUpdate, SparseUpdate]] = OrderedDict()
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -151,7 +152,7 @@ class ClientWorker:
         broadcast = self._received.pop(key, None)
         if broadcast is None:
             reference = None if job.reference_id is None else self._masks[job.reference_id]
-            broadcast = decode(job.payload, schema=self.schema, reference=reference)
+            broadcast = self._wire.decode(job.payload, schema=self.schema, reference=reference)
         self._received[key] = broadcast
         while len(self._received) > _KEPT_BROADCASTS:
             self._received.popitem(last=False)
@@ -168,16 +169,16 @@ class ClientWorker:
             LossNotFiniteError: If its loss is not finite.
         """
         started = time.perf_counter()
-        masks = _masks_of(broadcast)
-        self._load(job, broadcast)
-        before = self._copy_weights() if self._wire.rounds_uploads else {}
         self.data.start_round(Progress(job.index, job.total))
         client = self.data.client(job.client_id)
-        client_round = ClientRound(job.index, job.total, job.client_id, job.seed, masks, client.capacity)
         where = f"client {job.client_id!r} in round {job.index + 1}"
         with own_generators(job.seed), quiet_lightning(), self._cleared(where):
             trainer = self._trainers.next()
             methods = _methods_of(trainer)
+            # from here on all tensors of this client's round are on the Trainer's device, until they are to leave it
+            masks = self._load(job, broadcast)
+            before = self._copy_weights() if self._wire.rounds_uploads else {}
+            client_round = ClientRound(job.index, job.total, job.client_id, job.seed, masks, client.capacity)
             self._start_round(trainer, methods, client_round, job.memory)
             trainer.fit(self.module, train_dataloaders=client.train_loader(), val_dataloaders=client.val_loader())
             losses = next(callback for callback in trainer.callbacks if isinstance(callback, TrainingLoss))  # type: ignore[attr-defined]
@@ -186,14 +187,24 @@ class ClientWorker:
             for method in methods:
                 update = method.on_client_round_end(trainer, self.module, update)
             payload, read = self._wire.encode_upload(
-                update, before, schema=self.schema, reference=masks, seed=derive_seed(job.seed, "upload")
+                update.to(_HOST),
+                before,
+                schema=self.schema,
+                reference=_masks_of(broadcast),
+                seed=derive_seed(job.seed, "upload"),
             )
+            read = read.to(self._trainers.device)
             for method in methods:
                 method.on_client_upload(trainer, self.module, read)
         memory = {method.state_key: state for method in methods if (state := method.client_state_dict())}
         if self._local_buffers:
             memory[_BUFFERS] = {name: tensor.clone() for name, tensor in self._buffers().items()}
+        memory = move_data_to_device(memory, _HOST)
         return ClientResult(job.client_id, payload, memory, time.perf_counter() - started, job.index)
+
+    def release(self) -> None:
+        """Take the module off the device on which clients train."""
+        self.module.to(_HOST)
 
     @contextmanager
     def _cleared(self, where: str) -> Iterator[None]:
@@ -212,12 +223,27 @@ class ClientWorker:
                 error.add_note(f"raised in the training of {where}")
             raise
 
-    def _load(self, job: ClientJob, broadcast: SparseUpdate) -> None:
+    def _load(self, job: ClientJob, broadcast: SparseUpdate) -> MaskSet:
+        """Write what a client starts from into the module, on the Trainer's device; give the masks there."""
+        device = self._trainers.device
+        if device != _HOST:
+            self.module.to(device)
+            broadcast = self._on(device, broadcast)
         scatter_(dict(self.module.named_parameters()), broadcast)
         buffers = job.memory.get(_BUFFERS, broadcast.buffers) if self._local_buffers else broadcast.buffers
         with torch.no_grad():
             for name, buffer in self._buffers().items():
                 buffer.copy_(buffers[name])
+        return _masks_of(broadcast)
+
+    def _on(self, device: torch.device, broadcast: SparseUpdate) -> SparseUpdate:
+        """A broadcast on a device; clients of a round that get the same move it once."""
+        # beside what was moved what it was made of, which keeps its id from being given to another object
+        moved = self._moved.pop(id(broadcast), None) or (broadcast, broadcast.to(device))
+        self._moved[id(broadcast)] = moved
+        while len(self._moved) > _KEPT_BROADCASTS:
+            self._moved.popitem(last=False)
+        return moved[1]
 
     def _start_round(
         self,
@@ -230,7 +256,8 @@ class ClientWorker:
             method.client_round = client_round
             if method.state_key in memory:
                 # a copy: if the round fails, the client remembers what it did before
-                method.load_client_state_dict(copy.deepcopy(memory[method.state_key]))
+                state = copy.deepcopy(memory[method.state_key])
+                method.load_client_state_dict(move_data_to_device(state, self._trainers.device))
         for method in methods:
             method.on_client_round_start(trainer, self.module, client_round)
 
@@ -245,7 +272,7 @@ class ClientWorker:
         )
 
     def _copy_weights(self) -> dict[str, Tensor]:
-        return {name: parameter.detach().clone() for name, parameter in self.module.named_parameters()}
+        return {name: parameter.detach().to(_HOST, copy=True) for name, parameter in self.module.named_parameters()}
 
     def _buffers(self) -> dict[str, Tensor]:
         persistent = self.module.state_dict().keys()
@@ -253,6 +280,7 @@ class ClientWorker:
 
 
 _BUFFERS = "buffers"
+_HOST = torch.device("cpu")
 
 
 def _masks_of(broadcast: SparseUpdate) -> MaskSet:

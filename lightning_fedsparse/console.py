@@ -186,6 +186,8 @@ def _cost(history: Sequence[RoundRecord]) -> list[tuple[str, str]]:
     if len(counted) == len(history):
         both = Traffic.sum(traffic for pair in counted for traffic in pair if traffic is not None)
         lines.append(("of these", _parts(both)))
+        if "counted" in both.codings:
+            lines.append(("encoded", "nothing: these bytes are counted"))
     transfers = [record.transfer_seconds for record in history if record.transfer_seconds is not None]
     if transfers:
         lines.append(("transfer", f"{_duration(sum(transfers))} on the clients' links, the slowest of each round"))

@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_fedsparse.faults import FaultPolicy
-from lightning_fedsparse.payload import Limits, decode
+from lightning_fedsparse.payload import Limits
 from lightning_fedsparse.rounds import UploadRule
 from lightning_fedsparse.screening import Screen, Screening
 from lightning_fedsparse.server import ServerState
 from lightning_fedsparse.update import MaskSet, SparseUpdate
 from lightning_fedsparse.validation import check_update
-from lightning_fedsparse.wire import Wire
+from lightning_fedsparse.wire import Message, Wire
 
 __all__ = ["Intake", "Upload", "UploadReader"]
 
@@ -29,7 +29,7 @@ class Upload:
 
     Args:
         client_id: Whose.
-        payload: The bytes.
+        payload: As it came.
         support: The masks that the client was sent.
         memory: What its callbacks remember if it is merged.
         seconds: From being asked to having sent.
@@ -37,7 +37,7 @@ class Upload:
     """
 
     client_id: str
-    payload: bytes
+    payload: Message
     support: MaskSet
     memory: Mapping[str, Any]
     seconds: float
@@ -61,13 +61,13 @@ class UploadReader:
         self.schema = state.schema
         self._limits = Limits.for_tensors(state.tensors)
 
-    def decode(self, payload: bytes, support: MaskSet) -> SparseUpdate:
+    def decode(self, payload: Message, support: MaskSet) -> SparseUpdate:
         """What travelled.
 
         Raises:
             PayloadError: If it is not what the round expects.
         """
-        update = decode(payload, schema=self.schema, reference=support, limits=self._limits)
+        update = self.wire.decode(payload, schema=self.schema, reference=support, limits=self._limits)
         check_update(update, self.state.weights, buffers=self.state.buffers, support=support, rule=self._travels)
         return update
 

@@ -35,6 +35,7 @@ from lightning_fedsparse.checkpointing import Checkpointing
 from lightning_fedsparse.checks import require_at_least_one
 from lightning_fedsparse.client import ClientJob, ClientWorker
 from lightning_fedsparse.console import Console
+from lightning_fedsparse.counting_wire import CountingWire
 from lightning_fedsparse.data import FederatedDataModule
 from lightning_fedsparse.evaluation import Evaluation, Evaluator, evaluate
 from lightning_fedsparse.executors.local import Executor, LocalExecutor
@@ -76,7 +77,8 @@ class FederatedLoop:
             the model, else ``WeightedMean()`` (FedAvg).
         server_optimizer: Makes the server's optimizer on the pseudo-gradient; SGD with learning rate 1 if None.
         executor: Where client rounds run; in this process if None.
-        wire: How values travel each way, and over what links; without loss and without times if None.
+        wire: How values travel each way, and over what links; without loss and without times if None. ``"count"`` encodes
+            nothing and counts bytes: :class:`~lightning_fedsparse.counting_wire.CountingWire`.
         logger: Lightning loggers that get every round's scalars, with rounds as steps.
         faults: What becomes of a round when clients fail; if None, it counts while one client returns.
         screen: Bounds on an upload beside those of the cohort; none if None.
@@ -108,7 +110,7 @@ class FederatedLoop:
         aggregator: Aggregator | None = None,
         server_optimizer: OptimizerFactory | None = None,
         executor: Executor | None = None,
-        wire: Wire | None = None,
+        wire: Wire | Literal["count"] | None = None,
         logger: Logger | Sequence[Logger] | None = None,
         faults: FaultPolicy | None = None,
         screen: Screen | None = None,
@@ -125,6 +127,7 @@ class FederatedLoop:
         require_at_least_one(rounds=rounds, clients_per_round=clients_per_round, threads=threads)
         if buffers not in ("average", "local", "recalibrate"):
             raise ValueError(f"expected buffers to be 'average', 'local' or 'recalibrate', got {buffers!r}")
+        wire = CountingWire() if wire == "count" else wire
         require_parts(
             trainer=trainer,
             callbacks=callbacks,
@@ -204,6 +207,7 @@ class FederatedLoop:
         finally:
             self.executor.stop()
             self.console.stop()
+            self._worker.release()
             self._global.load()
 
     @property

@@ -18,9 +18,12 @@ QUIET_TRAINER: Mapping[str, Any] = {
     "enable_model_summary": False,
     "num_sanity_val_steps": 0,
     "limit_val_batches": 0,
+    "devices": 1,  # of several, Lightning would make one distributed training for each client
 }
 
-_LOGGERS = ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda")
+_LOGGERS = tuple(
+    logging.getLogger(name) for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda")
+)
 _ADVICE = (
     ".*does not have many workers.*",  # client data are small and in memory: workers would cost more than they give
     ".*is smaller than the logging interval.*",
@@ -35,15 +38,16 @@ _ADVICE = (
 @contextmanager
 def quiet_lightning() -> Iterator[None]:
     """Silence Lightning's banners, tips and its advice about loaders; errors and other warnings pass."""
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    levels = [logger.level for logger in loggers]
+
+    def is_error(record: logging.LogRecord) -> bool:  # one of its own for each, as these contexts nest
+        return record.levelno >= logging.ERROR
+
     with warnings.catch_warnings():
-        for message in _ADVICE:
-            warnings.filterwarnings("ignore", message=message)
+        warnings.filterwarnings("ignore", message="|".join(_ADVICE))  # one filter: they are set anew for every client
         try:
-            for logger in loggers:
-                logger.setLevel(logging.ERROR)
+            for logger in _LOGGERS:
+                logger.addFilter(is_error)  # setting levels would clear the caches of all loggers there are
             yield
         finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+            for logger in _LOGGERS:
+                logger.removeFilter(is_error)

@@ -83,10 +83,12 @@ class Receiver:
         try:
             update = self._reader.decode(payload, support)
         except PayloadError as error:
-            self._tally.up[client_id] = Traffic.of_refused(payload, dense=dense)
+            self._tally.up[client_id] = Traffic.of_refused(
+                len(payload) if isinstance(payload, bytes) else 0, dense=dense
+            )
             self._lose(client_id, ClientFailure(FailureReason.INVALID_UPLOAD, str(error)))
             return None
-        self._tally.up[client_id] = up = Traffic.of(
+        self._tally.up[client_id] = up = self._reader.wire.measure(
             payload, update, schema=self._reader.schema, reference=support, dense=dense
         )
         transfer = self._reader.wire.transfer(client_id, self._tally.down[client_id], up).transfer_seconds

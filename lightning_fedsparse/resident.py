@@ -14,11 +14,44 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torchmetrics import Metric
+from typing_extensions import override
 
 from lightning_fedsparse.quiet import QUIET_TRAINER
 
-__all__ = ["ResidentTrainer", "restored_on_error"]
+__all__ = ["ResidentDevice", "ResidentTrainer", "restored_on_error"]
+
+
+class ResidentDevice(SingleDeviceStrategy):
+    """A single device on which the module stays from fit to fit.
+
+    After every fit Lightning's own strategy moves the module and its optimizers to the CPU and empties CUDA's cache, and
+    before the next one it empties it again and moves the module back: with many short fits that is most of the time.
+    """
+
+    _ready = False
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        assert self.accelerator is not None
+        assert self.model is not None
+        if not self._ready:
+            self.accelerator.setup(trainer)
+            self._ready = True
+        self.model = self.precision_plugin.convert_module(self.model)
+        self.model_to_device()
+        # optimizers are made from parameters that are there already
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+
+    @override
+    def teardown(self) -> None:
+        self.precision_plugin.teardown()
+        self.checkpoint_io.teardown()
 
 
 class ResidentTrainer:
@@ -28,6 +61,8 @@ class ResidentTrainer:
         arguments: Keyword arguments of the Trainer but its callbacks, over those that keep it quiet.
         callbacks: Callbacks of the Trainer; each fit gets copies of them as they are now.
         fresh: Build a Trainer for every fit, for callbacks that change the Trainer itself.
+
+    Unless the arguments choose a strategy, a module stays on the Trainer's device between fits.
 
     Attributes:
         arguments: Of the Trainer, but for its callbacks.
@@ -41,13 +76,19 @@ class ResidentTrainer:
         self.callbacks = copy.deepcopy(list(callbacks))
         self._fresh = fresh
         self._trainer: pl.Trainer | None = None
+        self._device: torch.device | None = None
         self._accumulate = 1
         self._precision: dict[str, Any] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module is between fits, once there was a Trainer."""
+        return self._device or torch.device("cpu")
 
     def next(self) -> pl.Trainer:
         """The Trainer of the next fit; the one handed out before is not to be used any more."""
         if self._trainer is None or self._fresh:
-            trainer = pl.Trainer(**self.arguments, callbacks=copy.deepcopy(self.callbacks))
+            trainer = self._build()
             if not self._fresh:
                 # in the Trainer's order, and with those that it has added by itself (max_time is one)
                 self.callbacks = copy.deepcopy(trainer.callbacks)  # type: ignore[attr-defined]
@@ -65,6 +106,15 @@ class ResidentTrainer:
         trainer.fit_loop.epoch_loop = type(old.epoch_loop)(
             trainer, min_steps=old.epoch_loop.min_steps, max_steps=old.epoch_loop.max_steps
         )
+        return trainer
+
+    def _build(self) -> pl.Trainer:
+        resident = {} if self._device is None else {"strategy": ResidentDevice(self._device)}
+        trainer = pl.Trainer(**{**self.arguments, **resident}, callbacks=copy.deepcopy(self.callbacks))
+        # which device the arguments mean, only a Trainer knows; a strategy that they name is left alone
+        if self._device is None and type(trainer.strategy) is SingleDeviceStrategy:
+            self._device = trainer.strategy.root_device
+            return self._build()
         return trainer
 
     def drop(self) -> pl.Trainer | None:

@@ -26,6 +26,7 @@ from lightning_fedsparse.payload import decode, encode
 from lightning_fedsparse.schema import Schema
 from lightning_fedsparse.seeding import derive_seed
 from lightning_fedsparse.update import MaskSet, SparseUpdate
+from lightning_fedsparse.wire import Message
 
 __all__ = ["Fault", "FaultPlan", "FaultyExecutor", "InjectedError", "ListedFaults", "RandomFaults"]
 
@@ -182,15 +183,23 @@ class _FaultyWorker(ClientWorker):
         if fault == Fault.OUT_OF_MEMORY:
             raise MemoryError(f"client {job.client_id!r} has no more memory in round {job.index + 1}, as planned")
         if fault == Fault.CORRUPTED:
-            return replace(result, payload=_flip_a_bit(result.payload))
+            return replace(result, payload=_flip_a_bit(_bytes(result.payload)))
         if fault in (Fault.NOT_FINITE, Fault.EXPLODES, Fault.REVERSED):
-            return replace(result, payload=_damaged(result.payload, broadcast, self.worker.schema, fault))
+            return replace(result, payload=_damaged(_bytes(result.payload), broadcast, self.worker.schema, fault))
         return result
 
 
 def _failed(outcome: Outcome, reason: FailureReason, expected: str) -> FailedClient:
     sentence = f"expected {expected} in round {outcome.index + 1}, as planned there is none"
     return FailedClient(outcome.client_id, outcome.index, ClientFailure(reason, sentence))
+
+
+def _bytes(payload: Message) -> bytes:
+    if not isinstance(payload, bytes):
+        raise TypeError(
+            f"expected a wire that encodes, for a fault in an upload, got one that sends {type(payload).__name__}"
+        )
+    return payload
 
 
 def _flip_a_bit(payload: bytes) -> bytes:

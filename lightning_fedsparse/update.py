@@ -77,6 +77,13 @@ class MaskSet(Mapping[str, Tensor | None]):
         """Whether no parameter has a mask."""
         return all(mask is None for mask in self._masks.values())
 
+    def to(self, device: torch.device) -> MaskSet:
+        """The same masks on a device: this object where they are there."""
+        if all(mask is None or mask.device == device for mask in self._masks.values()):
+            return self
+        masks = {name: None if mask is None else mask.to(device) for name, mask in self._masks.items()}
+        return MaskSet(self.id, masks, positions=_to(self._positions, device))
+
     def __getitem__(self, name: str) -> Tensor | None:
         return self._masks[name]
 
@@ -126,10 +133,23 @@ class SparseUpdate:
             raise KeyError(f"{name!r} is dense in this update: it has no positions")
         return kept_positions(mask)
 
+    def to(self, device: torch.device) -> SparseUpdate:
+        """The same update with all its tensors on a device; tensors that are there are shared."""
+        masks: Masks
+        if isinstance(self.masks, MaskSet):
+            masks = self.masks.to(device)
+        else:
+            masks = {name: None if mask is None else mask.to(device) for name, mask in self.masks.items()}
+        return replace(self, values=_to(self.values, device), masks=masks, buffers=_to(self.buffers, device))
+
     @property
     def num_values(self) -> int:
         """Parameter values held, buffers not counted."""
         return sum(value.numel() for value in self.values.values())
+
+
+def _to(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def kept_positions(mask: Tensor) -> Tensor:

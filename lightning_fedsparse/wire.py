@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from torch import Tensor
 
 from lightning_fedsparse.accounting import ClientTraffic, Traffic
+from lightning_fedsparse.bounded_reading import DEFAULT_LIMITS, Limits, PayloadError
 from lightning_fedsparse.payload import decode, encode
 from lightning_fedsparse.rounds import UploadRule
 from lightning_fedsparse.schema import Schema
@@ -24,7 +25,22 @@ from lightning_fedsparse.value_coding import LOSSLESS, VALUE_TYPES, ValueType
 if TYPE_CHECKING:
     from lightning_fedsparse.callbacks.base import SparsityCallback
 
-__all__ = ["Link", "Wire"]
+__all__ = ["Link", "Message", "Uncoded", "Wire"]
+
+
+@dataclass(frozen=True, eq=False)
+class Uncoded:
+    """An update on its way that was not encoded.
+
+    Args:
+        update: What the other side gets, as it is.
+    """
+
+    update: SparseUpdate
+
+
+Message: TypeAlias = bytes | Uncoded
+"""What a wire carries."""
 
 
 @dataclass(frozen=True)
@@ -113,13 +129,15 @@ class Wire:
         """Whether uploads lose anything."""
         return self.uploads != LOSSLESS
 
-    def encode_broadcast(self, update: SparseUpdate, *, schema: Schema, reference: MaskSet | None, seed: int) -> bytes:
+    def encode_broadcast(
+        self, update: SparseUpdate, *, schema: Schema, reference: MaskSet | None, seed: int
+    ) -> Message:
         """Code what a client is to receive."""
         return encode(update, schema=schema, reference=reference, values=self.broadcasts, block=self.block, seed=seed)
 
     def encode_upload(
         self, update: SparseUpdate, broadcast: Mapping[str, Tensor], *, schema: Schema, reference: MaskSet, seed: int
-    ) -> tuple[bytes, SparseUpdate]:
+    ) -> tuple[Message, SparseUpdate]:
         """Code an upload.
 
         Args:
@@ -138,6 +156,25 @@ class Wire:
         payload = encode(sent, schema=schema, reference=reference, values=self.uploads, block=self.block, seed=seed)
         read = decode(payload, schema=schema, reference=reference)
         return payload, read if update.kind == "delta" else _change(read, broadcast, sign=1)
+
+    def decode(
+        self, message: Message, *, schema: Schema, reference: MaskSet | None, limits: Limits = DEFAULT_LIMITS
+    ) -> SparseUpdate:
+        """Read what was coded.
+
+        Raises:
+            PayloadError: If it can't be read.
+        """
+        if not isinstance(message, bytes):
+            raise PayloadError(f"expected bytes, got {type(message).__name__}")
+        return decode(message, schema=schema, reference=reference, limits=limits)
+
+    def measure(
+        self, message: Message, update: SparseUpdate, *, schema: Schema, reference: MaskSet | None, dense: int
+    ) -> Traffic:
+        """The account of what was coded, given what it holds and the dense model's size in bytes."""
+        assert isinstance(message, bytes)
+        return Traffic.of(message, update, schema=schema, reference=reference, dense=dense)
 
     def rule_for(self, rule: UploadRule) -> UploadRule:
         """What an upload is on the wire, where a method's rule says what it means."""

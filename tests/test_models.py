@@ -9,7 +9,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_fedsparse import FederatedDataModule, FederatedLoop
+from lightning_fedsparse.callbacks import feddip
 from lightning_fedsparse.datasets import OptdigitsDataModule
+from lightning_fedsparse.evaluation import Evaluation
 from lightning_fedsparse.models import (
     AlexNet,
     CharacterLSTM,
@@ -23,6 +26,7 @@ from lightning_fedsparse.models import (
     SensorCNN,
     SmallCNN,
 )
+from lightning_fedsparse.partition import IidPartition
 
 QUIET = {
     "accelerator": "cpu",
@@ -289,3 +293,23 @@ def test_digits_are_learned():
     trainer.fit(model, data)
     (metrics,) = trainer.test(model, data, verbose=False)
     assert metrics["test_accuracy"] > 0.96
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_channels_last_is_another_layout_of_the_same_federation(precision):
+    def train(channels_last):
+        torch.manual_seed(1)
+        model = ImageClassifier(DigitsCNN(), image_shape=(1, 8, 8), channels_last=channels_last)
+        data = FederatedDataModule(OptdigitsDataModule(), IidPartition(num_clients=20))
+        trainer = {"max_steps": 3, "precision": precision, "accelerator": "cpu"}
+        loop = FederatedLoop(2, 2, feddip(0.8), trainer, evaluation=Evaluation("none"), console=False)
+        loop.fit(model, data)
+        return model, loop.history[-1].train_loss
+
+    model, loss = train(channels_last=True)
+    plain, expected = train(channels_last=False)
+    filters = [parameter for parameter in model.parameters() if parameter.ndim == 4]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in filters)
+    assert loss == pytest.approx(expected, rel=1e-4 if precision == "32-true" else 0.02)
+    held = [parameter.count_nonzero() for parameter in model.parameters()]
+    assert held == [parameter.count_nonzero() for parameter in plain.parameters()]

@@ -6,6 +6,7 @@ import sys
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import (
     EarlyStopping,
     EMAWeightAveraging,
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.nn import functional as F
 
 from lightning_fedsparse import FederatedLoop
@@ -197,3 +199,24 @@ def test_after_a_fit_that_was_cut_off_there_is_a_new_one():
     assert worker._trainers._trainer is None
     Failing.fails = False
     assert loop.fit(model, loaders(clients()))[-1].clients_returned == 4
+
+
+def test_a_module_stays_on_its_device_from_fit_to_fit(monkeypatch):
+    done = []
+    for name in ("setup", "teardown"):
+        monkeypatch.setattr(CPUAccelerator, name, lambda self, *_, name=name: done.append(name))
+    monkeypatch.setattr(ConvNet, "cpu", lambda self: done.append("cpu"))
+    trainers = ResidentTrainer({"max_steps": 1, "accelerator": "cpu"})
+    model = ConvNet()
+    for _ in range(3):
+        trainers.next().fit(model, loader(8))
+    assert done == ["setup"]
+    assert trainers.device == torch.device("cpu")
+
+
+def test_a_strategy_of_the_users_own_is_left_alone():
+    class Mine(SingleDeviceStrategy):
+        pass
+
+    strategy = Mine("cpu")
+    assert ResidentTrainer({"strategy": strategy}).next().strategy is strategy

@@ -243,8 +243,9 @@ def test_rounded_broadcasts_are_the_same_for_all_and_the_server_stays_exact(valu
     original = ClientWorker._load
 
     def spy(self, job, broadcast):
-        original(self, job, broadcast)
+        masks = original(self, job, broadcast)
         received.append({name: parameter.clone() for name, parameter in self.module.named_parameters()})
+        return masks
 
     monkeypatch.setattr(ClientWorker, "_load", spy)
     torch.manual_seed(0)

@@ -1,0 +1,89 @@
+"""A wire that encodes nothing: the same federation, and bytes that are counted."""
+
+import re
+
+import pytest
+import torch
+
+from lightning_fedsparse import FederatedLoop, SparseUpdate
+from lightning_fedsparse.bounded_reading import PayloadError
+from lightning_fedsparse.callbacks import CompressionMemory, feddip, fiarse, sparsyfed
+from lightning_fedsparse.counting_wire import CountingWire
+from lightning_fedsparse.executors import LocalExecutor, ProcessExecutor
+from lightning_fedsparse.schema import Schema
+from lightning_fedsparse.testing_faults import Fault, FaultyExecutor
+from lightning_fedsparse.update import MaskSet
+from lightning_fedsparse.wire import Link, Uncoded, Wire
+from tests.test_loop import QUIET, Net, clients, loaders
+
+DENSE = MaskSet.of({"w": None})
+
+
+def run(callbacks=None, **arguments):
+    torch.manual_seed(0)
+    model = Net()
+    loop = FederatedLoop(
+        3, 4, callbacks, {"max_epochs": 1}, seed=5, evaluation=QUIET, **{"console": False, **arguments}
+    )
+    loop.fit(model, loaders(clients()))
+    return loop.history, model.state_dict()
+
+
+@pytest.mark.parametrize("method", [list, lambda: feddip(0.8), lambda: sparsyfed(0.8), lambda: fiarse(0.3)])
+def test_the_result_is_that_of_encoded_updates_to_the_bit(method):
+    history, weights = run(method(), wire=CountingWire(link=Link(up_mbps=1)))
+    encoded, expected = run(method(), wire=Wire())
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    for record, other in zip(history, encoded, strict=True):
+        assert (record.train_loss, record.sparsity, record.metrics) == (other.train_loss, other.sparsity, other.metrics)
+        assert record.bytes_up == record.traffic_up.bound == other.traffic_up.bound
+        assert record.bytes_down == other.traffic_down.bound
+        assert record.dense_bytes_up == other.dense_bytes_up
+    assert set(history[-1].traffic_up.codings) == set(history[-1].traffic_down.codings) == {"counted"}
+    assert history[-1].transfer_seconds > 0
+
+
+def test_count_is_its_short_name(capsys):
+    history, _ = run(wire="count", console=True)
+    assert re.search(r"encoded +nothing: these bytes are counted", capsys.readouterr().out)
+    assert set(history[-1].traffic_up.codings) == {"counted"}
+    with pytest.raises(TypeError, match="expected wire of type Wire, such as .*, got str"):
+        run(wire="counted")
+
+
+def test_workers_hand_over_the_same():
+    history, weights = run(feddip(0.8), wire=CountingWire(), executor=ProcessExecutor(workers=2))
+    alone, expected = run(feddip(0.8), wire=CountingWire())
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert [record.bytes_up for record in history] == [record.bytes_up for record in alone]
+
+
+@pytest.mark.parametrize("rounding", [{"uploads": "int8"}, {"broadcasts": "float16"}])
+def test_rounding_is_for_wires_that_encode(rounding):
+    with pytest.raises(ValueError, match="expected a wire that only counts to lose nothing, got uploads="):
+        CountingWire(**rounding)
+
+
+def test_methods_that_remember_what_a_wire_loses_have_nothing_to_remember():
+    _, weights = run([*feddip(0.8), CompressionMemory()], wire=CountingWire())
+    _, expected = run([*feddip(0.8), CompressionMemory()], wire=Wire())
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_what_comes_is_not_trusted_more_than_bytes():
+    schema = Schema.of({"w": torch.zeros(2)}, {})
+    with pytest.raises(PayloadError, match="expected an update that was not encoded, got bytes"):
+        CountingWire().decode(b"FSP", schema=schema, reference=DENSE)
+    broken = Uncoded(SparseUpdate({"w": torch.tensor([1.0, float("nan")])}, DENSE))
+    with pytest.raises(PayloadError, match="'w' holds values that are not finite"):
+        CountingWire().decode(broken, schema=schema, reference=DENSE)
+    with pytest.raises(PayloadError, match="expected bytes, got Uncoded"):
+        Wire().decode(broken, schema=schema, reference=DENSE)
+
+
+def test_a_fault_in_the_bytes_needs_bytes():
+    executor = FaultyExecutor(LocalExecutor(), lambda index, client_id: Fault.CORRUPTED if client_id == "c1" else None)
+    history, _ = run(wire=CountingWire(), executor=executor)
+    failures = [record.failures["c1"] for record in history if "c1" in record.failures]
+    assert failures
+    assert all("expected a wire that encodes, for a fault in an upload" in failure.sentence for failure in failures)
