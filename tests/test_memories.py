@@ -15,8 +15,9 @@ from lightning_fedsparse.checkpoint import load_checkpoint
 from lightning_fedsparse.checkpointing import Checkpointing
 from lightning_fedsparse.cli import main
 from lightning_fedsparse.executors import ProcessExecutor
-from lightning_fedsparse.memories import HeldMemories, SpilledMemories
+from lightning_fedsparse.memories import HeldMemories
 from lightning_fedsparse.records import RoundRecord
+from lightning_fedsparse.spilled_memories import SpilledMemories
 from lightning_fedsparse.wire import Wire
 from tests.test_loop import QUIET, Net, clients, loaders
 
@@ -314,7 +315,10 @@ def test_but_not_without_them_again(tmp_path):
 
 def test_a_recipe_names_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    spill = ["--loop.memories=lightning_fedsparse.memories.SpilledMemories", "--loop.memories.quota_bytes=100000000"]
+    spill = [
+        "--loop.memories=lightning_fedsparse.spilled_memories.SpilledMemories",
+        "--loop.memories.quota_bytes=100000000",
+    ]
     short = ["--loop.rounds=1", "--loop.trainer.max_steps=1", "--loop.callbacks.residual=keep"]
     assert main(["run", "quickstart", *short, *spill]) == 0
     assert len(files(tmp_path / "runs" / "quickstart" / "memories")) == 5

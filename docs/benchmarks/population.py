@@ -31,8 +31,9 @@ from lightning_fedsparse import FederatedDataModule, FederatedLoop
 from lightning_fedsparse.callbacks import CompressionMemory, feddip
 from lightning_fedsparse.capacities import CapacityShares
 from lightning_fedsparse.evaluation import Evaluation
-from lightning_fedsparse.memories import HeldMemories, SpilledMemories
+from lightning_fedsparse.memories import HeldMemories
 from lightning_fedsparse.partition import IidPartition, NaturalPartition
+from lightning_fedsparse.spilled_memories import SpilledMemories
 from lightning_fedsparse.wire import Link, Wire
 
 PAGE = Path(__file__).with_suffix(".md")
