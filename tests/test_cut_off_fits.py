@@ -11,7 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision
 from lightning_fedsparse.callbacks import fiarse, sparsyfed
 from lightning_fedsparse.resident import restored_on_error
 from lightning_fedsparse.testing import Fault
-from tests.test_faults import Trap, always, assert_same, moving, reasons, run, weights
+from tests.failing_clients import Trap, always, assert_same, moving, reasons, run, weights
 from tests.test_loop import Net
 
 

@@ -13,8 +13,8 @@ from lightning_fedsparse.callbacks import SparsityCallback, feddip
 from lightning_fedsparse.checkpoint import load_checkpoint
 from lightning_fedsparse.evaluation import Evaluation
 from tests.many_lives import ROUNDS
+from tests.run_folders import names, rows
 from tests.test_loop import Net, clients, loaders
-from tests.test_run_folder import names, rows
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -14,7 +14,7 @@ from lightning_fedsparse.bounded_reading import deflate, varint
 from lightning_fedsparse.payload import Limits, MaskSet, PayloadError, Schema, decode, encode, payload_sizes
 from lightning_fedsparse.schema import fingerprint
 from lightning_fedsparse.update import SparseUpdate, gather
-from tests.test_payload import EDITS, assert_same, edited, random_update, seed_updates, updates
+from tests.payload_examples import EDITS, assert_same, edited, random_update, seed_updates, updates
 from tests.vectors.make import schema_of
 
 

@@ -1,12 +1,20 @@
-"""Screening: sizes and directions by hand, and against dense tensors."""
+"""Screening: sizes and directions by hand and against dense tensors, and what a federation makes of them."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
+from torch.utils.data import TensorDataset
 
+from lightning_fedsparse.callbacks import fiarse, sparsyfed
+from lightning_fedsparse.failures import FailureReason
+from lightning_fedsparse.faults import FaultPolicy
 from lightning_fedsparse.screening import Screen, Screening, alignment, change_of, size_of, too_large
+from lightning_fedsparse.testing import Fault
 from lightning_fedsparse.update import SparseUpdate, reconstruct
+from tests.failing_clients import always, assert_same, moving, reasons, run, weights
+from tests.test_loop import loaders
 
 MASK = torch.tensor([True, False, True, False])
 WEIGHTS = {"w": torch.tensor([1.0, 2.0, 3.0, 4.0])}
@@ -86,3 +94,53 @@ def test_who_is_refused_and_why():
     }
     assert list(screened(Screen(norm=5.0, cosine=0.0), ones, back, ones, ones, far)) == ["c4", "c1"]
     assert screened(Screen(norm=2.0, cosine=0.9), ones, far) == {}  # nobody can say which of two is wrong
+
+
+@pytest.mark.parametrize("method", [list, moving, partial(sparsyfed, sparsity=0.5), fiarse])
+def test_what_is_screened_out_is_as_if_it_had_not_come(method):
+    plan = {**always("c1", Fault.EXPLODES), **always("c4", Fault.EXPLODES)}
+    loop = run(plan, method(), per_round=6, screen=Screen(norm=20.0))
+    assert reasons(loop) == [dict.fromkeys(("c1", "c4"), FailureReason.SCREENED)] * 3
+    lost = run(dict.fromkeys(plan, Fault.STRAGGLES), method(), per_round=6, faults=FaultPolicy(deadline=1000))
+    assert_same(weights(loop), weights(lost))
+
+
+def test_a_change_in_the_other_direction_is_screened_out():
+    def similar():
+        generator = torch.Generator().manual_seed(1)
+        parts = {}
+        for number in range(6):
+            x = torch.randn(40, 8, generator=generator)
+            parts[f"c{number}"] = TensorDataset(x, x[:, :3].argmax(1))
+        return loaders(parts)
+
+    plan = always("c2", Fault.REVERSED)
+    loop = run(plan, data=similar(), per_round=6, screen=Screen(cosine=0.0))
+    assert reasons(loop) == [{"c2": FailureReason.SCREENED}] * 3
+    assert "expected a cosine of at least 0 to the others' direction, got -" in loop.history[1].failures["c2"].sentence
+    unscreened = run(plan, data=similar(), per_round=6)
+    assert not any(reasons(unscreened))
+
+
+def test_a_screen_that_refuses_nobody_changes_nothing():
+    expected = run({}, moving(), per_round=6)
+    loop = run({}, moving(), per_round=6, screen=Screen(norm=1e6, cosine=-1.0))
+    assert_same(weights(loop), weights(expected))
+
+
+def test_two_uploads_are_not_screened():
+    loop = run(always("c1", Fault.EXPLODES), per_round=2, rounds=6, screen=Screen(norm=2.0, cosine=0.9))
+    assert not any(reasons(loop))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "expected a screen with a bound, norm or cosine, got none"),
+        ({"norm": 1.0}, "expected norm above 1, in multiples of the cohort's median, got 1.0"),
+        ({"cosine": 1.0}, r"expected cosine in \[-1, 1\), got 1.0"),
+    ],
+)
+def test_bad_screens(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Screen(**arguments)

@@ -14,7 +14,7 @@ from lightning_fedsparse.frame import read_frame
 from lightning_fedsparse.payload import Limits, MaskSet, PayloadError, Schema, decode, encode, payload_sizes
 from lightning_fedsparse.schema import TensorSpec
 from tests import minimal_decoder
-from tests.test_payload import EDITS, SEEDS, edited, framed, header_of, updates
+from tests.payload_examples import EDITS, SEEDS, edited, framed, header_of, updates
 from tests.test_schema_payload import COMPACT_SEEDS, content_of, framed_by_schema
 from tests.vectors.describing import described, described_masks, described_schema
 from tests.vectors.make import schema_of
