@@ -57,7 +57,8 @@ class CountingWire(Wire):
         if not isinstance(message, Uncoded):
             raise PayloadError(f"expected an update that was not encoded, got {type(message).__name__}")
         for name, value in message.update.values.items():
-            if not value.isfinite().all():
+            # a sum that is finite has finite terms, and takes a tenth of the time
+            if not (value.sum().isfinite() or value.isfinite().all()):
                 raise PayloadError(f"{name!r} holds values that are not finite")
         return message.update
 

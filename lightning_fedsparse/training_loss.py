@@ -28,8 +28,10 @@ class TrainingLoss(pl.Callback):
     ) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
         if isinstance(loss, Tensor):
-            # Lightning has divided the loss by the number of accumulated batches for the backward pass
-            loss = loss.detach() * trainer.accumulate_grad_batches
+            loss = loss.detach()
+            if trainer.accumulate_grad_batches > 1:
+                # Lightning has divided it for the backward pass
+                loss = loss * trainer.accumulate_grad_batches
             self._sum = loss if self._sum is None else self._sum + loss
             self._batches += 1
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 __all__ = ["WeightedSum"]
 
+_CHUNK = 2**15
 _MOST_SUPPORTS = 8
 _LARGEST_COUNT = 2**31 - 1
 
@@ -46,22 +47,30 @@ class WeightedSum:
 
     def add(self, values: Tensor, where: Tensor | None, weight: int) -> None:
         """Add values at ascending positions, or everywhere."""
-        # the product is rounded before it is added, on every path, so that paths agree to the bit
-        term = values.detach().reshape(-1).to(self._device, self._dtype, copy=True).mul_(weight)
+        values = values.detach().reshape(-1).to(self._device)
         where = None if where is None else where.to(self._device)
         if self._empty:
-            self._empty, self.support, self.sums = False, where, term
+            self._empty, self.support, self.sums = False, where, self._term(values, weight)
         elif self.shared and _same(self.support, where):
-            self.sums += term
+            self._add_everywhere(values, weight)
         else:
             self._spread()
             if where is None:
-                self.sums += term
+                self._add_everywhere(values, weight)
             else:
-                self.sums.index_add_(0, where, term)
+                self.sums.index_add_(0, where, self._term(values, weight))
             if self._counting:
                 self._count(where, weight)
         self.weight += weight
+
+    def _term(self, values: Tensor, weight: int) -> Tensor:
+        # the product is rounded before it is added, on every path, so that paths agree to the bit
+        return values.to(self._dtype, copy=True).mul_(weight)
+
+    def _add_everywhere(self, values: Tensor, weight: int) -> None:
+        # a part at a time: what is made on the way stays in cache, which takes half the time
+        for sums, part in zip(torch.split(self.sums, _CHUNK), torch.split(values, _CHUNK), strict=True):
+            sums += self._term(part, weight)
 
     def held(self) -> Tensor | None:
         """The holders' weights, one per entry, integers; None if :attr:`weight` stands for all or nobody counts."""

@@ -8,10 +8,12 @@ lost stays on the client where a method remembers it (``CompressionMemory``).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from lightning_fedsparse.accounting import ClientTraffic, Traffic
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 __all__ = ["Link", "Message", "Uncoded", "Wire"]
 
 
+_Raw: TypeAlias = "tuple[torch.dtype, torch.Size, np.ndarray[Any, Any]]"
+
+
 @dataclass(frozen=True, eq=False)
 class Uncoded:
     """An update on its way that was not encoded.
@@ -37,6 +42,26 @@ class Uncoded:
     """
 
     update: SparseUpdate
+
+    def __reduce__(self) -> tuple[Callable[..., Uncoded], tuple[SparseUpdate, dict[str, _Raw], dict[str, _Raw]]]:
+        """Pickle the tensors' bytes as arrays, which takes a quarter of the time of torch's own way."""
+        values, buffers = (
+            {name: _raw(t) for name, t in held.items()} for held in (self.update.values, self.update.buffers)
+        )
+        return _uncoded, (replace(self.update, values={}, buffers={}), values, buffers)
+
+
+def _uncoded(rest: SparseUpdate, values: Mapping[str, _Raw], buffers: Mapping[str, _Raw]) -> Uncoded:
+    tensors = ({name: _tensor(*raw) for name, raw in held.items()} for held in (values, buffers))
+    return Uncoded(replace(rest, values=next(tensors), buffers=next(tensors)))
+
+
+def _raw(tensor: Tensor) -> _Raw:
+    return tensor.dtype, tensor.shape, tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()
+
+
+def _tensor(dtype: torch.dtype, shape: torch.Size, elements: np.ndarray[Any, Any]) -> Tensor:
+    return torch.from_numpy(elements).view(dtype).view(shape)
 
 
 Message: TypeAlias = bytes | Uncoded

@@ -1,5 +1,6 @@
 """A wire that encodes nothing: the same federation, and bytes that are counted."""
 
+import pickle
 import re
 
 import pytest
@@ -56,6 +57,24 @@ def test_workers_hand_over_the_same():
     alone, expected = run(feddip(0.8), wire=CountingWire())
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     assert [record.bytes_up for record in history] == [record.bytes_up for record in alone]
+
+
+def test_it_pickles_as_it_is():
+    values = {
+        "w": torch.randn(2, 3).to(torch.bfloat16),
+        "b": torch.ones(()),
+        "s": torch.tensor([2.0], dtype=torch.float64),
+    }
+    masks = MaskSet.of({"w": None, "b": None, "s": torch.tensor([False, True])})
+    update = SparseUpdate(values, masks, num_examples=7, buffers={"n": torch.tensor([3])}, metrics={"train_loss": 0.5})
+    copy = pickle.loads(pickle.dumps(Uncoded(update))).update
+    for name, value in {**values, **update.buffers}.items():
+        again = {**copy.values, **copy.buffers}[name]
+        assert torch.equal(again, value)
+        assert (again.dtype, again.shape) == (value.dtype, value.shape)
+    assert copy.masks.id == masks.id
+    assert (copy.num_examples, copy.metrics) == (7, {"train_loss": 0.5})
+    copy.values["w"].zero_()  # it is the receiver's
 
 
 @pytest.mark.parametrize("rounding", [{"uploads": "int8"}, {"broadcasts": "float16"}])
