@@ -54,9 +54,10 @@ def _kth_smallest(values: npt.NDArray[np.floating], k: int) -> float:
     On a CPU np.partition takes a fifth of the time of torch.kthvalue or torch.topk, except among many equal values,
     where it takes several times theirs; weights under a mask are mostly zeros, so these are counted, not ranked.
     """
-    zeros = values.size - int(np.count_nonzero(values))
+    others = values != 0  # counting and finding in bits of it takes a third of the time that numbers take
+    zeros = values.size - int(np.count_nonzero(others))
     if k <= zeros:
         return 0.0
     # positions first: a quarter of the time of indexing by a mask
-    ranked = values[np.flatnonzero(values)] if zeros else values
+    ranked = values[np.flatnonzero(others)] if zeros else values
     return float(np.partition(ranked, k - zeros - 1)[k - zeros - 1])
