@@ -1,7 +1,8 @@
 """One worker process: what the executor knows of it, and what runs inside it.
 
 The pipe between them carries the pickled worker once, then for each client round the job and its broadcast, and back what
-became of it.
+became of it. Arrays of updates that were not encoded come back through shared memory, which every worker has for itself and
+writes anew each time.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from multiprocessing.connection import Connection
 from multiprocessing.pool import ExceptionWithTraceback  # type: ignore[attr-defined]
 from threading import Thread
@@ -62,6 +64,7 @@ class WorkerProcess:
     deadline: float = float("inf")
     exitcode: int | None = None
     _last: SharedUpdate | None = field(default=None, repr=False)
+    _outbox: Tensor | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -101,7 +104,12 @@ class WorkerProcess:
         if not data:
             self.started = True
             return None
-        said: Outcome | BaseException = pickle.loads(data)
+        outbox, sizes = self.connection.recv()
+        self._outbox = self._outbox if outbox is None else outbox
+        view = memoryview(b"") if self._outbox is None else self._outbox.numpy().data
+        # copied: the worker will write there again
+        arrays = [bytearray(view[end - size : end]) for size, end in zip(sizes, accumulate(sizes), strict=True)]
+        said: Outcome | BaseException = pickle.loads(data, buffers=arrays)
         return said
 
     def end(self) -> None:
@@ -134,6 +142,7 @@ def _serve(connection: Connection, threads: int, core: int | None) -> None:
     worker: ClientWorker = pickle.loads(connection.recv().numpy())
     connection.send_bytes(b"")
     broadcast: SparseUpdate | None = None
+    outbox = _Outbox(connection)
     while True:
         try:
             job = pickle.loads(connection.recv_bytes())
@@ -149,7 +158,29 @@ def _serve(connection: Connection, threads: int, core: int | None) -> None:
                 said = replace(said, error=_sendable(said.error))
         except BaseException as error:  # noqa: BLE001  # whatever it is, it is for the other side
             said = _sendable(error)
-        connection.send_bytes(pickle.dumps(said))
+        outbox.send(said)
+
+
+class _Outbox:
+    """What a worker says, with its arrays in shared memory that is kept for the next time."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def send(self, said: Any) -> None:
+        arrays: list[pickle.PickleBuffer] = []
+        data = pickle.dumps(said, protocol=5, buffer_callback=arrays.append)
+        parts = [array.raw() for array in arrays]
+        sizes = [part.nbytes for part in parts]
+        grows = sum(sizes) > len(self._memory)
+        if grows:
+            self._memory = in_shared_memory(torch.empty(sum(sizes), dtype=torch.uint8))
+        view = self._memory.numpy().data
+        for part, end in zip(parts, accumulate(sizes), strict=True):
+            view[end - part.nbytes : end] = part
+        self._connection.send_bytes(data)
+        self._connection.send((self._memory if grows else None, sizes))
 
 
 def _end_with_parent() -> None:
