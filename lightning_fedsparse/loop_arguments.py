@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lightning_fedsparse.checkpointing import Checkpointing
-from lightning_fedsparse.checks import require_a, require_lightning, require_trainer_arguments
+from lightning_fedsparse.checks import has_end, require_a, require_lightning, require_trainer_arguments
 from lightning_fedsparse.data import FederatedDataModule
 from lightning_fedsparse.evaluation import Evaluation
 from lightning_fedsparse.executors.local import Executor
@@ -51,11 +51,11 @@ def trainer_arguments(
 
     Raises:
         TypeError: If a callback is none.
-        ValueError: For an argument that no Trainer has.
+        ValueError: For an argument that no Trainer has, or that a client's must not have.
     """
     arguments = dict(trainer or {})
     require_trainer_arguments(arguments)
-    if not arguments.keys() & {"max_epochs", "max_steps", "max_time"}:
+    if not has_end(arguments):
         arguments["max_epochs"] = 1
     plain = arguments.pop("callbacks", None) or []
     together = [*(callbacks or []), *(plain if isinstance(plain, Sequence) else [plain])]

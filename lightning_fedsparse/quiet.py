@@ -1,4 +1,4 @@
-"""A Trainer that says nothing: one client among thousands needs no banner, bar, table or folder."""
+"""A Trainer that says nothing, on one device: one client among thousands needs no banner, bar, table or folder."""
 
 from __future__ import annotations
 
