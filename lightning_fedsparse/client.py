@@ -165,7 +165,7 @@ class ClientWorker:
         """Train a client on what it received; whatever that raises, the worker is ready for the next client.
 
         Raises:
-            NoStepError: If the fit took no optimizer step.
+            NoStepError: If an epoch has no batch, or the fit took no optimizer step.
             LossNotFiniteError: If its loss is not finite.
         """
         started = time.perf_counter()
@@ -179,10 +179,11 @@ class ClientWorker:
             masks = self._load(job, broadcast)
             before = self._copy_weights() if self._wire.rounds_uploads else {}
             client_round = ClientRound(job.index, job.total, job.client_id, job.seed, masks, client.capacity)
+            losses = next(callback for callback in trainer.callbacks if isinstance(callback, TrainingLoss))  # type: ignore[attr-defined]
+            losses.where = where
             self._start_round(trainer, methods, client_round, job.memory)
             trainer.fit(self.module, train_dataloaders=client.train_loader(), val_dataloaders=client.val_loader())
-            losses = next(callback for callback in trainer.callbacks if isinstance(callback, TrainingLoss))  # type: ignore[attr-defined]
-            loss = losses.mean(trainer, where)
+            loss = losses.mean(trainer)
             update = self._make_update(job, masks, client.num_examples, loss)
             for method in methods:
                 update = method.on_client_round_end(trainer, self.module, update)

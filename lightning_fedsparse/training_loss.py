@@ -16,11 +16,36 @@ __all__ = ["TrainingLoss"]
 
 
 class TrainingLoss(pl.Callback):
-    """Adds up the training loss on its device and reads it once, at the end."""
+    """Adds up the training loss on its device and reads it once, at the end.
+
+    Attributes:
+        where: Client and round, for errors.
+    """
 
     def __init__(self) -> None:
+        self.where = ""
+        self._empty = True
         self._sum: Tensor | None = None
         self._batches = 0
+
+    @override
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._empty = True
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._empty = False
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._empty:
+            # a fit that ends after a number of steps, or after a time, would wait for a batch for ever
+            raise NoStepError(
+                f"expected a batch in every epoch, got none in epoch {trainer.current_epoch + 1} of {self.where}: look at "
+                "its loader, or its batch sampler"
+            )
 
     @override
     def on_train_batch_end(
@@ -35,12 +60,8 @@ class TrainingLoss(pl.Callback):
             self._sum = loss if self._sum is None else self._sum + loss
             self._batches += 1
 
-    def mean(self, trainer: pl.Trainer, where: str) -> float | None:
+    def mean(self, trainer: pl.Trainer) -> float | None:
         """The mean over the batches of the fit; None if no step returned a loss.
-
-        Args:
-            trainer: Of the fit, which is over.
-            where: Client and round, for errors.
 
         Raises:
             NoStepError: If the fit took no optimizer step.
@@ -48,7 +69,7 @@ class TrainingLoss(pl.Callback):
         """
         if trainer.global_step == 0:
             raise NoStepError(
-                f"expected at least one optimizer step, got none from {where}: its loader gave no batch, or the "
+                f"expected at least one optimizer step, got none from {self.where}: its loader gave no batch, or the "
                 "Trainer's limits (max_epochs, max_steps, limit_train_batches) allow none"
             )
         if self._sum is None:
@@ -56,6 +77,6 @@ class TrainingLoss(pl.Callback):
         mean = float(self._sum) / self._batches
         if not isfinite(mean):
             raise LossNotFiniteError(
-                f"expected a finite training loss, got {mean} from {where}: look for NaN in its data, or lower the learning rate"
+                f"expected a finite training loss, got {mean} from {self.where}: look for NaN in its data, or lower the learning rate"
             )
         return mean

@@ -1,14 +1,17 @@
 """What a failed client leaves behind: nothing, anywhere."""
 
 from dataclasses import replace
+from functools import partial
 
+import lightning.pytorch as pl
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from lightning_fedsparse import FederatedDataModule, FederatedLoop
 from lightning_fedsparse.callbacks import feddip, fiarse, sparsyfed
-from lightning_fedsparse.failures import FailureReason
+from lightning_fedsparse.executors import LocalExecutor, ProcessExecutor
+from lightning_fedsparse.failures import FailureReason, TooFewClientsError
 from lightning_fedsparse.faults import FaultPolicy
 from lightning_fedsparse.screening import Screen
 from lightning_fedsparse.testing import Fault
@@ -84,34 +87,79 @@ def test_generators_are_as_before_a_client_that_raises():
     assert loop.history[-1].clients_failed == 1
 
 
-def test_a_loader_that_raises_in_round_7_costs_that_round_one_client():
-    class Breaking(Dataset):
-        broken = False
+class Breaking(Dataset):
+    broken = False
 
-        def __init__(self, data):
-            self.data = data
+    def __init__(self, data):
+        self.data = data
 
-        def __len__(self):
-            return len(self.data)
+    def __len__(self):
+        return len(self.data)
 
-        def __getitem__(self, index):
-            if self.broken and index == 9:
-                raise OSError("disk gone\nand more of it")
-            return self.data[index]
+    def __getitem__(self, index):
+        if self.broken and index == 9:
+            raise OSError("disk gone\nand more of it")
+        return self.data[index]
 
-    class Late(FederatedDataModule):
-        def start_round(self, progress):
-            Breaking.broken = progress.step == 6
 
-    parts = {name: DataLoader(part, batch_size=8, shuffle=True) for name, part in clients().items()}
-    parts["c2"] = DataLoader(Breaking(clients()["c2"]), batch_size=8, shuffle=True)
-    loop = run(data=Late(parts), per_round=6, rounds=8)
+class BreakingInRound7(FederatedDataModule):
+    def __init__(self):
+        parts = {name: DataLoader(part, batch_size=8, shuffle=True) for name, part in clients().items()}
+        parts["c2"] = DataLoader(Breaking(clients()["c2"]), batch_size=8, shuffle=True)
+        super().__init__(parts)
+
+    def start_round(self, progress):
+        Breaking.broken = progress.step == 6
+
+
+TWO_WORKERS = pytest.param(partial(ProcessExecutor, 2), marks=pytest.mark.slow, id="two workers")
+
+
+@pytest.mark.parametrize("executor", [pytest.param(LocalExecutor, id="here"), TWO_WORKERS])
+def test_a_loader_that_raises_in_round_7_costs_that_round_one_client(executor):
+    loop = run(data=BreakingInRound7(), per_round=6, rounds=8, executor=executor())
     assert [record.clients_failed for record in loop.history] == [0, 0, 0, 0, 0, 0, 0, 1, 0]
     failure = loop.history[7].failures["c2"]
     assert failure.reason == FailureReason.EXCEPTION
     assert failure.sentence.startswith("OSError: disk gone ... and more of it (line ")
     assert failure.sentence.endswith(" of test_failed_clients.py, in __getitem__)")
     assert loop.history[7].clients_returned == 5
+
+
+@pytest.mark.parametrize("executor", [pytest.param(LocalExecutor, id="here"), TWO_WORKERS])
+def test_a_loader_that_raises_in_round_7_ends_a_run_that_needs_every_client(executor):
+    with pytest.raises(
+        TooFewClientsError,
+        match=r"^expected at least 6 of the 6 clients of round 7 to return, got 5 \(1 exception\); client 'c2': OSError: disk",
+    ) as caught:
+        run(data=BreakingInRound7(), per_round=6, rounds=8, executor=executor(), faults=FaultPolicy(min_clients=6))
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+class YieldsNothing(BatchSampler):
+    def __init__(self):
+        super().__init__(range(3), 1, drop_last=False)
+
+    def __iter__(self):
+        return iter(())
+
+
+@pytest.mark.parametrize("end", [{"max_epochs": 2}, {"max_steps": 5}, {"max_time": {"hours": 1}}], ids=str)
+def test_a_client_whose_loader_yields_nothing_fails_however_its_training_would_end(end):
+    own = {name: DataLoader(part, batch_size=8) for name, part in clients().items()}
+    own["c2"] = DataLoader(clients()["c2"], batch_sampler=YieldsNothing())
+    # few batches for the others, so that they need no hour
+    loop = run(data=FederatedDataModule(own), per_round=6, rounds=1, trainer=end, callbacks=[StopAfterTwo()])
+    assert {name: failure.reason for name, failure in loop.history[1].failures.items()} == {"c2": FailureReason.NO_STEP}
+    assert loop.history[1].failures["c2"].sentence == (
+        "expected a batch in every epoch, got none in epoch 1 of client 'c2' in round 1: look at its loader, or its batch "
+        "sampler"
+    )
+
+
+class StopAfterTwo(pl.Callback):
+    def on_train_batch_end(self, trainer, *args):
+        trainer.should_stop = trainer.global_step >= 2
 
 
 @pytest.mark.parametrize("fault", [fault for fault in Fault if fault not in (Fault.TWICE, Fault.REVERSED)])
