@@ -44,7 +44,7 @@ class ProcessExecutor(Executor):
 
     Raises:
         ValueError: For a value out of range; when the run starts, for a model, data, callbacks or Trainer arguments that can't
-            be pickled.
+            be pickled, or that a worker can't load.
         RuntimeError: If a worker does not start.
     """
 
@@ -153,7 +153,13 @@ class ProcessExecutor(Executor):
             task = process.task
             if isinstance(said, BaseException):
                 process.task = None
-                raise said
+                if process.started:
+                    raise said
+                process.end()
+                raise ValueError(
+                    "expected a worker process to load the model, data, callbacks and Trainer arguments that it was sent, "
+                    f"got {type(said).__name__}: {said}; their classes must be in files that it can import"
+                ) from said
             if said is not None and task is not None:
                 process.task, task.result = None, said
                 if isinstance(said, ClientResult):
@@ -178,9 +184,14 @@ class ProcessExecutor(Executor):
         """Start another worker in place of one that died or was in the way; its client, unless it failed, waits again."""
         process.end()
         if not process.started:
+            assert process.exitcode is not None
+            reason = (
+                "the system ends processes that need more memory than there is"
+                if process.exitcode < 0  # a signal
+                else 'a script that starts workers must do so under `if __name__ == "__main__":`'
+            )
             raise RuntimeError(
-                f"expected a worker process to start, it ended with exit code {process.exitcode}: a script that starts "
-                'workers must do so under `if __name__ == "__main__":`'
+                f"expected a worker process to start, it ended with exit code {process.exitcode}: {reason}"
             )
         task = process.task
         assert task is not None

@@ -70,7 +70,10 @@ class WorkerProcess:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(theirs, torch.get_num_threads(), self.core), daemon=True, name="fedsparse worker"
+            target=_serve,
+            args=(theirs, torch.get_num_threads(), self.core, multiprocessing.get_start_method(allow_none=True)),
+            daemon=True,
+            name="fedsparse worker",
         )
         self._process.start()
         theirs.close()
@@ -132,17 +135,25 @@ def pickled(worker: ClientWorker) -> Tensor:
     return in_shared_memory(torch.frombuffer(bytearray(pickle.dumps(worker)), dtype=torch.uint8))
 
 
-def _serve(connection: Connection, threads: int, core: int | None) -> None:
+def _serve(connection: Connection, threads: int, core: int | None, start_method: str | None) -> None:
     """A worker process: takes the worker, then jobs until the other side is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that runs the rounds
     Thread(target=_end_with_parent, daemon=True).start()
+    # loaders may have workers, which start as where the run began, and end by themselves when this process is gone; by
+    # default a daemonic process may have no children, and a spawned one spawns its own, which takes seconds
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    multiprocessing.set_start_method(start_method, force=True)
     if core is not None:
         os.sched_setaffinity(0, {core})
     torch.set_num_threads(threads)
-    worker: ClientWorker = pickle.loads(connection.recv().numpy())
+    outbox = _Outbox(connection)
+    try:
+        worker: ClientWorker = pickle.loads(connection.recv().numpy())
+    except Exception as error:  # noqa: BLE001  # a class that this process can't import, or a user's own unpickling
+        outbox.send(_sendable(error))
+        return
     connection.send_bytes(b"")
     broadcast: SparseUpdate | None = None
-    outbox = _Outbox(connection)
     while True:
         try:
             job = pickle.loads(connection.recv_bytes())
@@ -158,7 +169,15 @@ def _serve(connection: Connection, threads: int, core: int | None) -> None:
                 said = replace(said, error=_sendable(said.error))
         except BaseException as error:  # noqa: BLE001  # whatever it is, it is for the other side
             said = _sendable(error)
-        outbox.send(said)
+        try:
+            outbox.send(said)
+        except Exception as error:  # noqa: BLE001  # what a method remembers may fail to pickle in any way
+            outbox.send(
+                ValueError(
+                    f"expected what client {job.client_id!r} remembers to be sent from its worker process, got what can't be "
+                    f"pickled: {error}"
+                )
+            )
 
 
 class _Outbox:

@@ -1,0 +1,93 @@
+"""What goes between this process and its workers: loaders' own workers, what can't be loaded there, what can't come back."""
+
+import os
+import signal
+
+import pytest
+from torch.utils.data import DataLoader
+
+from lightning_fedsparse import FederatedDataModule
+from lightning_fedsparse.callbacks import SparsityCallback
+from lightning_fedsparse.executors import LocalExecutor, ProcessExecutor
+from tests.failing_clients import assert_same, run, weights
+from tests.test_loop import Net, clients
+
+pytestmark = pytest.mark.slow
+
+
+def one_worker():
+    return ProcessExecutor(1)
+
+
+def test_loaders_in_a_worker_may_have_workers_of_their_own():
+    def data():
+        return FederatedDataModule({"c0": DataLoader(clients()["c0"], batch_size=8, shuffle=True, num_workers=1)})
+
+    found, expected = (
+        run(data=data(), per_round=1, rounds=2, executor=executor) for executor in (one_worker(), LocalExecutor())
+    )
+    assert not any(record.failures for record in found.history)
+    assert_same(weights(found), weights(expected))
+
+
+class LoadedBy(Net):
+    """Arrives as a call of a function."""
+
+    def __init__(self, function, argument):
+        super().__init__()
+        self.call = function, (argument,)
+
+    def __reduce__(self):
+        return self.call
+
+
+def kill_myself(number):
+    os.kill(os.getpid(), number)
+
+
+def not_there(name):
+    raise AttributeError(f"Can't get attribute {name!r} on <module '__main__'>")
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "message"),
+    [
+        (
+            LoadedBy(not_there, "Mine"),
+            ValueError,
+            "that it was sent, got AttributeError: Can't get attribute 'Mine' on <module '__main__'>; their classes must be in",
+        ),
+        (
+            LoadedBy(os._exit, 1),
+            RuntimeError,
+            "to start, it ended with exit code 1: a script that starts workers must do so under `if __name__ == ",
+        ),
+        (
+            LoadedBy(kill_myself, signal.SIGKILL),
+            RuntimeError,
+            "to start, it ended with exit code -9: the system ends processes that need more memory than there is$",
+        ),
+    ],
+    ids=["unknown class", "exit", "killed"],
+)
+def test_a_worker_that_does_not_start(model, kind, message):
+    with pytest.raises(kind, match="^expected a worker process .*" + message):
+        run(model=model, per_round=1, rounds=1, executor=one_worker())
+
+
+class RemembersAFunction(SparsityCallback):
+    def client_state_dict(self):
+        return {"function": lambda: None}
+
+
+def test_a_memory_that_cannot_come_back():
+    with pytest.raises(
+        ValueError,
+        match="^expected what client 'c[0-9]' remembers to be sent from its worker process, got what can't be pickled: ",
+    ):
+        run(callbacks=[RemembersAFunction()], per_round=1, rounds=1, executor=one_worker())
+
+
+def test_workers_that_take_too_long_to_start():
+    with pytest.raises(RuntimeError, match="^expected a worker process to start within 0.01 seconds$"):
+        run(per_round=1, rounds=1, executor=ProcessExecutor(1, start_timeout=0.01))
