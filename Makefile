@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo check test test-fast build
+.PHONY: help env demo check test test-fast bench build
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ test: env  ## the whole test suite
 
 test-fast: env  ## the test suite without the tests marked slow
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
+
+bench: env  ## a short run of the speed benchmarks: ratios to hand-written loops
+	$(BIN)/python docs/benchmarks/speed.py short
 
 build: env  ## wheel and source archive in dist/
 	$(BIN)/python -m build --no-isolation
