@@ -31,30 +31,33 @@ from lightning_fedsparse.prunable import prunable_parameters
 from lightning_fedsparse.schedules import Progress, Schedule
 from lightning_fedsparse.transforms import Transform, Weights
 
-__all__ = ["IncrementalRegularization", "add_norm_gradient_"]
+__all__ = ["IncrementalRegularization", "add_norm_gradients_"]
 
 
 @torch.no_grad()
-def add_norm_gradient_(gradient: Tensor, weight: Tensor, strength: float, p: float = 2.0) -> None:
-    """Add ``strength * d||weight||_p / d weight`` to a gradient in place.
+def add_norm_gradients_(gradients: list[Tensor], weights: list[Tensor], strength: float, p: float = 2.0) -> None:
+    """Add ``strength * d||weight||_p / d weight`` of each layer to its gradient in place.
 
     Args:
-        gradient: Tensor of the weight's shape, changed in place.
-        weight: Effective weight of one layer.
+        gradients: One tensor per layer, at least one, changed in place.
+        weights: Effective weights of the same shapes.
         strength: lambda, at least 0.
         p: Order of the norm, at least 1.
     """
-    norm = torch.linalg.vector_norm(weight, p)
-    scale = strength / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+    if p == 1:
+        torch._foreach_add_(gradients, torch._foreach_sign(weights), alpha=strength)
+        return
+    norms = torch._foreach_norm(weights, p)
     # a zero norm means a zero weight, whose direction is zero: no division by it reaches the gradient
-    scale = torch.where(norm > 0, scale, 0)
+    least = max(torch.finfo(norm.dtype).tiny for norm in norms) * max(1.0, strength)
+    torch._foreach_maximum_(norms, least)
+    scales = torch._foreach_reciprocal(norms)
     if p == 2:
-        gradient.addcmul_(weight, scale)
-    elif p == 1:
-        gradient.add_(weight.sign(), alpha=strength)
-    else:
-        direction = (weight.abs() / norm.clamp_min(torch.finfo(norm.dtype).tiny)).pow_(p - 1)
-        gradient.add_(direction.mul_(weight.sign()), alpha=strength)
+        torch._foreach_mul_(scales, strength)
+        torch._foreach_addcmul_(gradients, weights, scales)
+        return
+    for gradient, weight, scale in zip(gradients, weights, scales, strict=True):
+        gradient.add_((weight.abs() * scale).pow_(p - 1).mul_(weight.sign()), alpha=strength)
 
 
 class _NormPenalty(Transform):
@@ -73,9 +76,10 @@ class _NormPenalty(Transform):
 
     def chain_(self, gradients: Weights, stored: Weights, effective: Weights) -> None:
         """Add the penalty's gradient."""
-        if self.strength > 0:
-            for name, gradient in gradients.items():
-                add_norm_gradient_(gradient, effective[name], self.strength, self._p)
+        if self.strength > 0 and gradients:
+            add_norm_gradients_(
+                list(gradients.values()), [effective[name] for name in gradients], self.strength, self._p
+            )
 
 
 class IncrementalRegularization(EffectiveWeightCallback):

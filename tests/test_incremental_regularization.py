@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_fedsparse.callbacks import ErrorFeedback, IncrementalRegularization, MagnitudePruning
-from lightning_fedsparse.callbacks.incremental_regularization import add_norm_gradient_
+from lightning_fedsparse.callbacks.incremental_regularization import add_norm_gradients_
 from lightning_fedsparse.schedules import (
     ConstantSchedule,
     LinearSchedule,
@@ -23,21 +23,21 @@ from tests.effective_reference import Net, assert_engine_clean, loader, quiet_tr
 
 def test_the_gradient_of_three_and_four() -> None:
     gradient = torch.tensor([1.0, 1.0])
-    add_norm_gradient_(gradient, torch.tensor([3.0, -4.0]), 0.5)
+    add_norm_gradients_([gradient], [torch.tensor([3.0, -4.0])], 0.5)
     assert gradient.tolist() == pytest.approx([1.3, 0.6])
 
 
 @pytest.mark.parametrize("p", [1.0, 1.5, 2.0, 3.0])
 def test_zero_weights_have_a_gradient_of_zero(p: float) -> None:
     gradient = torch.zeros(3)
-    add_norm_gradient_(gradient, torch.zeros(3), 0.5, p)
+    add_norm_gradients_([gradient], [torch.zeros(3)], 0.5, p)
     assert gradient.tolist() == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("p", [1.0, 1.5, 2.0, 3.0])
 def test_pruned_coordinates_get_nothing(p: float) -> None:
     gradient = torch.zeros(3)
-    add_norm_gradient_(gradient, torch.tensor([0.0, 2.0, -0.0]), 0.5, p)
+    add_norm_gradients_([gradient], [torch.tensor([0.0, 2.0, -0.0])], 0.5, p)
     assert gradient.tolist() == pytest.approx([0.0, 0.5, 0.0])
 
 
@@ -52,13 +52,13 @@ def test_the_gradient_equals_that_of_autograd(weight: list[float], p: float, str
         return
     (strength * torch.linalg.vector_norm(leaf, p)).backward()
     gradient = torch.zeros_like(leaf)
-    add_norm_gradient_(gradient, leaf.detach(), strength, p)
+    add_norm_gradients_([gradient], [leaf.detach()], strength, p)
     torch.testing.assert_close(gradient, leaf.grad.nan_to_num(), rtol=1e-9, atol=1e-12)
 
 
 def test_tiny_norms_stay_finite() -> None:
     gradient = torch.zeros(2)
-    add_norm_gradient_(gradient, torch.tensor([1e-42, 0.0]), 1.0)
+    add_norm_gradients_([gradient], [torch.tensor([1e-42, 0.0])], 1.0)
     assert bool(gradient.isfinite().all())
 
 
