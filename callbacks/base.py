@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from lightning_fedsparse.clients import Client
 from lightning_fedsparse.effective import EffectiveWeights
-from lightning_fedsparse.rounds import ClientRound, ServerRound, UploadRule
+from lightning_fedsparse.rounds import ClientRound, ServerRound, Total, UploadRule
 from lightning_fedsparse.schedules import Progress
 from lightning_fedsparse.server import ServerState
 from lightning_fedsparse.transforms import Transform
@@ -73,7 +73,21 @@ class SparsityCallback(pl.Callback):
         return broadcast
 
     def on_server_receive(self, state: ServerState, server_round: ServerRound, update: SparseUpdate) -> None:
-        """On the server, for every valid upload as it comes in, to look at; ``state`` is still what was broadcast."""
+        """On the server, for every valid upload as it comes in, to look at; ``state`` is still what was broadcast.
+
+        Where several processes share a cohort each sees the uploads of its own clients only: what is added up here becomes a
+        sum over all of them in :meth:`on_server_received`, which belongs with this hook.
+        """
+
+    def on_server_received(self, state: ServerState, server_round: ServerRound, total: Total) -> None:
+        """On the server, after the last upload of a round that counts; ``state`` is still what was broadcast.
+
+        Args:
+            state: The server's.
+            server_round: The round.
+            total: Sums named tensors over all processes; called by every one of them, equally often. Put its sums in the place
+                of one's own: all processes then go on alike.
+        """
 
     def on_server_round_end(self, state: ServerState, server_round: ServerRound) -> ServerState:
         """On the server, after the server step of a round: masks move here."""

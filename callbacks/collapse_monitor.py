@@ -28,7 +28,7 @@ from typing_extensions import override
 
 from lightning_fedsparse.callbacks.base import SparsityCallback
 from lightning_fedsparse.prunable import prunable_parameters
-from lightning_fedsparse.rounds import ServerRound
+from lightning_fedsparse.rounds import ServerRound, Total
 from lightning_fedsparse.server import ServerState
 from lightning_fedsparse.update import SparseUpdate
 
@@ -71,7 +71,7 @@ class CollapseMonitor(SparsityCallback):
         self._handles: list[RemovableHandle] = []
         self._output: Tensor | None = None
         self._variation: float | None = None
-        self._reported: list[float] = []
+        self._reported = _nothing_reported()
         self._key = self._generate_state_key(include=self.include, exclude=self.exclude)
 
     @property
@@ -132,24 +132,29 @@ class CollapseMonitor(SparsityCallback):
     @override
     def on_server_start(self, pl_module: pl.LightningModule, state: ServerState, seed: int) -> ServerState:
         self._names = list(prunable_parameters(pl_module, self.include, exclude=self.exclude))
-        self._reported = []
+        self._reported = _nothing_reported()
         return state
 
     @override
     def on_server_receive(self, state: ServerState, server_round: ServerRound, update: SparseUpdate) -> None:
         variation = update.metrics.get(_METRIC, math.nan)
         if math.isfinite(variation):  # a client's word
-            self._reported.append(variation)
+            self._reported += torch.tensor([variation, 1.0, variation >= _LEAST_VARIATION])
+
+    @override
+    def on_server_received(self, state: ServerState, server_round: ServerRound, total: Total) -> None:
+        self._reported = total({_METRIC: self._reported})[_METRIC]
 
     @override
     def on_server_round_end(self, state: ServerState, server_round: ServerRound) -> ServerState:
-        reported, self._reported = self._reported, []
+        sum_reported, reported, alive = self._reported.tolist()
+        self._reported = _nothing_reported()
         if reported:
-            server_round.metrics[_METRIC] = sum(reported) / len(reported)
+            server_round.metrics[_METRIC] = sum_reported / reported
         sign = None
         if dead := _all_zero({name: state.weights[name] for name in self._names}):
             sign = f"no weight is left in {', '.join(dead)} after round {server_round.index + 1}"
-        elif reported and max(reported) < _LEAST_VARIATION and server_round.index > 0:
+        elif reported and not alive and server_round.index > 0:
             # before the first round nothing was pruned
             sign = f"the model's output hardly depends on its input any more after round {server_round.index}"
         # with the state, so that a run that was resumed says it once too
@@ -157,6 +162,11 @@ class CollapseMonitor(SparsityCallback):
             state.methods[self.state_key] = sign
             _warn(sign)
         return state
+
+
+def _nothing_reported() -> Tensor:
+    """Sum of the variations that clients report, how many do, and of how many the output is not as good as constant."""
+    return torch.zeros(3, dtype=torch.float64)
 
 
 def _all_zero(weights: Mapping[str, Tensor]) -> list[str]:

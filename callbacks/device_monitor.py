@@ -19,7 +19,6 @@ Every upload carries the figures: about 150 bytes more.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +32,7 @@ from lightning_fedsparse.activations import PrunedActivation, SavedActivation
 from lightning_fedsparse.callbacks.base import SparsityCallback
 from lightning_fedsparse.device_costs import LayerCost, product_macs, saved_bytes, sparse_bytes
 from lightning_fedsparse.prunable import PRUNABLE_LAYERS
-from lightning_fedsparse.rounds import ServerRound
+from lightning_fedsparse.rounds import ServerRound, Total
 from lightning_fedsparse.server import ServerState
 from lightning_fedsparse.update import SparseUpdate
 
@@ -54,7 +53,8 @@ class DeviceMonitor(SparsityCallback):
         self._calls: list[LayerCost] = []
         self._nonzeros: dict[int, int] = {}
         self._before: set[SavedActivation] = set()
-        self._reported: defaultdict[float, list[dict[str, float]]] = defaultdict(list)
+        # by name and capacity, as they are logged: the clients' figures added up, and how many there are
+        self._reported: dict[str, Tensor] = {}
 
     # -- around the first batch --------------------------------------------------------------------------------------
 
@@ -150,26 +150,32 @@ class DeviceMonitor(SparsityCallback):
 
     @override
     def on_server_start(self, pl_module: pl.LightningModule, state: ServerState, seed: int) -> ServerState:
-        self._reported.clear()
+        self._reported = {}
         return state
 
     @override
     def on_server_receive(self, state: ServerState, server_round: ServerRound, update: SparseUpdate) -> None:
         figures = {name: value for name, value in update.metrics.items() if name.startswith(_PREFIX)}
         if all(math.isfinite(value) for value in figures.values()):  # a client's word
-            self._reported[figures.pop(_CAPACITY, 1.0)].append(figures)
+            capacity = figures.pop(_CAPACITY, 1.0)
+            for name, value in figures.items():
+                _add(self._reported, f"{name}@{capacity:g}", torch.tensor([value, 1.0], dtype=torch.float64))
+
+    @override
+    def on_server_received(self, state: ServerState, server_round: ServerRound, total: Total) -> None:
+        self._reported = total(self._reported)
 
     @override
     def on_server_round_end(self, state: ServerState, server_round: ServerRound) -> ServerState:
-        everyone = [figures for level in self._reported.values() for figures in level]
-        server_round.metrics.update(_mean(everyone))
-        if len(self._reported) > 1:
-            for capacity, level in self._reported.items():
-                server_round.metrics.update({f"{name}@{capacity:g}": value for name, value in _mean(level).items()})
-        self._reported.clear()
+        shown: dict[str, Tensor] = {}
+        for key, figures in self._reported.items():
+            _add(shown, key.rpartition("@")[0], figures)
+        if len({key.rpartition("@")[2] for key in self._reported}) > 1:
+            shown |= self._reported
+        server_round.metrics.update({name: float(figures[0] / figures[1]) for name, figures in shown.items()})
+        self._reported = {}
         return state
 
 
-def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: math.fsum(values) / len(values) for name in names if (values := [r[name] for r in rows if name in r])}
+def _add(sums: dict[str, Tensor], name: str, term: Tensor) -> None:
+    sums[name] = sums[name] + term if name in sums else term

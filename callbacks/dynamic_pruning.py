@@ -34,7 +34,7 @@ from lightning_fedsparse.distributions import erk_sparsities
 from lightning_fedsparse.masks import kept_counts, magnitude_masks, random_masks, top_masks
 from lightning_fedsparse.narrowing import NarrowedBroadcasts
 from lightning_fedsparse.ranking import largest
-from lightning_fedsparse.rounds import ClientRound, ServerRound, UploadRule
+from lightning_fedsparse.rounds import ClientRound, ServerRound, Total, UploadRule
 from lightning_fedsparse.schedules import Progress, Schedule
 from lightning_fedsparse.seeding import derive_seed
 from lightning_fedsparse.server import ServerState
@@ -230,6 +230,11 @@ class DynamicPruning(MagnitudePruning):
             self._able += update.num_examples
             for name, mask in outside.items():
                 self._proposers[name] = self._proposers.get(name, 0) + update.num_examples * mask.long()
+
+    @override
+    def on_server_received(self, state: ServerState, server_round: ServerRound, total: Total) -> None:
+        self._proposers = total(self._proposers)
+        self._able = int(total({"able": torch.tensor(self._able)})["able"])
 
     @override
     @torch.no_grad()

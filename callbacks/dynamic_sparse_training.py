@@ -41,7 +41,7 @@ from lightning_fedsparse.effective import EffectiveWeights
 from lightning_fedsparse.masks import kept_counts, pack_mask, top_masks, unpack_mask
 from lightning_fedsparse.prunable import prunable_parameters
 from lightning_fedsparse.ranking import largest
-from lightning_fedsparse.rounds import ClientRound, ServerRound, UploadRule
+from lightning_fedsparse.rounds import ClientRound, ServerRound, Total, UploadRule
 from lightning_fedsparse.schedules import Progress
 from lightning_fedsparse.server import ServerState
 from lightning_fedsparse.submodels import SubmodelTransform
@@ -275,6 +275,11 @@ class DynamicSparseTraining(EffectiveWeightCallback):
             mask = update.masks[name]
             held = torch.ones_like(state.weights[name], dtype=torch.bool) if mask is None else mask
             self._held[name] = self._held[name] | held if name in self._held else held
+
+    @override
+    def on_server_received(self, state: ServerState, server_round: ServerRound, total: Total) -> None:
+        holders = total({name: held.to(torch.int32) for name, held in self._held.items()})
+        self._held = {name: count > 0 for name, count in holders.items()}
 
     @override
     def on_server_round_end(self, state: ServerState, server_round: ServerRound) -> ServerState:

@@ -30,7 +30,7 @@ from typing_extensions import override
 from lightning_fedsparse.callbacks.magnitude_pruning import MagnitudePruning
 from lightning_fedsparse.distributions import erk_sparsities, uniform_sparsities
 from lightning_fedsparse.masks import kept_counts, random_masks, top_masks
-from lightning_fedsparse.rounds import ServerRound, UploadRule
+from lightning_fedsparse.rounds import ServerRound, Total, UploadRule
 from lightning_fedsparse.schedules import ConstantSchedule, Progress
 from lightning_fedsparse.seeding import derive_seed
 from lightning_fedsparse.server import ServerState
@@ -133,6 +133,13 @@ class FixedMask(MagnitudePruning):
             for name in self._names:
                 self._kept[name] = self._kept.get(name, 0) + update.num_examples * update.values[name].numel()
             self._examples += update.num_examples
+
+    @override
+    def on_server_received(self, state: ServerState, server_round: ServerRound, total: Total) -> None:
+        if self._warms_up(state):
+            kept = total({name: torch.tensor(self._kept.get(name, 0)) for name in self._names})
+            self._kept = {name: int(count) for name, count in kept.items()}
+            self._examples = int(total({"examples": torch.tensor(self._examples)})["examples"])
 
     @override
     def on_server_round_end(self, state: ServerState, server_round: ServerRound) -> ServerState:

@@ -32,7 +32,7 @@ from typing_extensions import override
 
 from lightning_fedsparse.callbacks.magnitude_pruning import MagnitudePruning
 from lightning_fedsparse.masks import magnitude_masks
-from lightning_fedsparse.rounds import ClientRound, ServerRound, UploadRule
+from lightning_fedsparse.rounds import ClientRound, ServerRound, Total, UploadRule
 from lightning_fedsparse.schedules import Progress, Schedule
 from lightning_fedsparse.server import ServerState
 from lightning_fedsparse.transforms import MaskTransform, Transform, Weights
@@ -148,8 +148,8 @@ class GradientPruning(MagnitudePruning):
         return UploadRule(extra_values=sum(int((~mask).count_nonzero()) for mask in masks))
 
     @override
-    def on_server_receive(self, state: ServerState, server_round: ServerRound, update: SparseUpdate) -> None:
-        if not self._before and self.reconfigures(_coming(server_round)):
+    def on_server_received(self, state: ServerState, server_round: ServerRound, total: Total) -> None:
+        if self.reconfigures(_coming(server_round)):
             self._before = {name: weight.clone() for name, weight in self._weights(state).items()}
 
     @override

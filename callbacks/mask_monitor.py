@@ -22,7 +22,7 @@ from typing_extensions import override
 from lightning_fedsparse.callbacks.base import SparsityCallback
 from lightning_fedsparse.metrics import MaskAgreement, WeightRegrowth
 from lightning_fedsparse.prunable import prunable_parameters
-from lightning_fedsparse.rounds import ServerRound
+from lightning_fedsparse.rounds import ServerRound, Total
 from lightning_fedsparse.server import ServerState
 from lightning_fedsparse.update import SparseUpdate
 
@@ -60,12 +60,22 @@ class MaskMonitor(SparsityCallback):
 
     @override
     def on_server_receive(self, state: ServerState, server_round: ServerRound, update: SparseUpdate) -> None:
-        self._before = self._watched(state.masks)
-        after = self._watched(update.masks)
+        before, after = self._watched(state.masks), self._watched(update.masks)
         if _sparse(after):
             self._agreement.update(after)
-        if _sparse(self._before):
-            self._regrowth.update(self._before, after)
+        if _sparse(before):
+            self._regrowth.update(before, after)
+
+    @override
+    def on_server_received(self, state: ServerState, server_round: ServerRound, total: Total) -> None:
+        self._before = self._watched(state.masks)
+        for metric, nothing in ((self._agreement, ({},)), (self._regrowth, ({}, {}))):
+            held = metric.metric_state if metric.update_called else {}
+            sums = total({name: value for name, value in held.items() if isinstance(value, Tensor)})
+            if sums and not metric.update_called:
+                metric.update(*nothing)  # a metric is only computed of one that was updated
+            for name, value in sums.items():
+                setattr(metric, name, value)
 
     @override
     def on_server_round_end(self, state: ServerState, server_round: ServerRound) -> ServerState:

@@ -18,14 +18,15 @@ number of clients times 6e-8 of a value instead of 1e-16. Buffers are summed in 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from lightning_fedsparse.ranks import Ranks
 from lightning_fedsparse.update import Absent, Kind, SparseUpdate
-from lightning_fedsparse.weighted_sum import WeightedSum
+from lightning_fedsparse.weighted_sum import WeightedSum, reduce_sums
 
 __all__ = ["Aggregator", "MaskedMean", "SumType", "WeightedMean"]
 
@@ -53,6 +54,19 @@ class Aggregator(ABC):
         Raises:
             ValueError: If the update does not fit the template, or the updates added before it.
         """
+
+    def reduce(self, ranks: Ranks) -> None:
+        """Where several processes have each added some of a round's updates, before the result: take in those of all.
+
+        Optional: without it an aggregator works in one process only.
+
+        Args:
+            ranks: The processes; :meth:`~lightning_fedsparse.ranks.Ranks.total` sums named tensors.
+
+        Raises:
+            ValueError: If updates of different processes do not fit each other.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def result(self) -> dict[str, Tensor]:
@@ -82,8 +96,8 @@ class _Mean(Aggregator):
         """The update's weight."""
 
     @abstractmethod
-    def _counts(self, update: SparseUpdate) -> bool:
-        """Whether a coordinate's result depends on who holds it."""
+    def _counts(self) -> bool:
+        """Whether a coordinate's result depends on who holds it, for updates of this kind."""
 
     @abstractmethod
     def _base(self, old: Tensor) -> Tensor:
@@ -106,17 +120,29 @@ class _Mean(Aggregator):
         where = self._check(update, template)
         weight = self._weight(update)
         if self._kind is None:
-            self._kind, self._absent = update.kind, update.absent
-            dtype = getattr(torch, self.dtype)
-            counting = self._counts(update)
-            self._parameters = {name: WeightedSum(template[name], counting=counting, dtype=dtype) for name in where}
+            self._begin(update.kind, update.absent, where)
         for name, positions in where.items():
             self._parameters[name].add(update.values[name], positions, weight)
         for name, buffer in update.buffers.items():
-            if name not in self._buffers:
-                self._buffers[name] = WeightedSum(template[name], counting=False, dtype=torch.float64)
-            self._buffers[name].add(buffer, None, weight)
+            self._buffer(name).add(buffer, None, weight)
         self._total += weight
+
+    @torch.no_grad()
+    def reduce(self, ranks: Ranks) -> None:
+        """See :meth:`Aggregator.reduce`."""
+        told = ranks.share((self._kind, self._absent, sorted(self._parameters), list(self._buffers), self._total))
+        kinds = [kind for *kind, _, _ in told if kind[0] is not None]
+        if not kinds:
+            return
+        if any(kind != kinds[0] for kind in kinds):
+            raise ValueError(f"expected updates of one kind, absent and tensors on all ranks, got {kinds}")
+        if self._kind is None:
+            self._begin(*kinds[0])
+        for *_, buffers, _ in told:
+            for name in buffers:
+                self._buffer(name)
+        reduce_sums({**self._parameters, **self._buffers}, ranks)
+        self._total = sum(total for *_, total in told)
 
     @torch.no_grad()
     def result(self) -> dict[str, Tensor]:
@@ -137,6 +163,17 @@ class _Mean(Aggregator):
                 new[name] = tensor.detach().clone()
         self._template = None
         return new
+
+    def _begin(self, kind: Kind, absent: Absent, names: Iterable[str]) -> None:
+        template = self._started()
+        self._kind, self._absent = kind, absent
+        dtype, counting = getattr(torch, self.dtype), self._counts()
+        self._parameters = {name: WeightedSum(template[name], counting=counting, dtype=dtype) for name in names}
+
+    def _buffer(self, name: str) -> WeightedSum:
+        if name not in self._buffers:
+            self._buffers[name] = WeightedSum(self._started()[name], counting=False, dtype=torch.float64)
+        return self._buffers[name]
 
     def _merge(self, tensor: Tensor, total: WeightedSum) -> Tensor:
         old = tensor.detach().reshape(-1)
@@ -228,8 +265,8 @@ class WeightedMean(_Mean):
             raise ValueError("expected absent 'zero' or 'unchanged', got 'unheld': MaskedMean averages over holders")
         return update.num_examples
 
-    def _counts(self, update: SparseUpdate) -> bool:
-        return update.kind == "weights" and update.absent == "unchanged"
+    def _counts(self) -> bool:
+        return self._kind == "weights" and self._absent == "unchanged"
 
     def _base(self, old: Tensor) -> Tensor:
         return torch.zeros_like(old) if self._kind == "weights" and self._absent == "zero" else old
@@ -268,7 +305,7 @@ class MaskedMean(_Mean):
     def _weight(self, update: SparseUpdate) -> int:
         return 1 if self.weighting == "uniform" else update.num_examples
 
-    def _counts(self, update: SparseUpdate) -> bool:
+    def _counts(self) -> bool:
         return True
 
     def _base(self, old: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_fedsparse.launching import environment_rank
 from lightning_fedsparse.recipe import (
     RECIPE_NAME,
     Recipe,
@@ -186,9 +187,11 @@ def _fit(run: Run, *, resume: bool) -> None:
     try:
         metrics = run.fit(resume=resume)
     except KeyboardInterrupt:
-        if run.checkpoint.is_file():
+        if environment_rank() == 0 and run.checkpoint.is_file():
             print(f"go on with: fedsparse resume {run.folder}")
         raise
+    if environment_rank():
+        return  # the first rank says it for all
     for name, value in metrics.items():
         print(f"{name}  {value:.4f}")
     print(f"\nsaved in {run.folder}")
@@ -210,7 +213,8 @@ def _more(run: Run) -> str:
 
 
 def _fail(error: Exception, code: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
+    rank = environment_rank()
+    print(f"error on rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr)
     return code
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "FailureReason",
     "LossNotFiniteError",
     "NoStepError",
+    "RankLostError",
     "TooFewClientsError",
     "count_reasons",
     "failure_of",
@@ -110,6 +111,10 @@ class NoStepError(RuntimeError):
 
 class LossNotFiniteError(RuntimeError):
     """A client's training loss is not finite."""
+
+
+class RankLostError(RuntimeError):
+    """Another process of the federation ended, or was not heard of in time."""
 
 
 class TooFewClientsError(RuntimeError):

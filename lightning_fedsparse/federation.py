@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
 from lightning_fedsparse.broadcasting import Broadcaster, pack_masks, unpack_masks
 from lightning_fedsparse.callbacks.base import SparsityCallback
@@ -40,6 +42,13 @@ class Federation:
         """Let every method make its server's state, before round 0 and before a checkpoint replaces it."""
         for position, method in enumerate(self.methods):
             self.state = method.on_server_start(module, self.state, derive_seed(seed, "method", position))
+
+    def digest(self) -> tuple[int, str]:
+        """What tells whether two processes have the same weights, buffers and masks: a checksum and the masks' id."""
+        checksum = 0
+        for tensor in self.state.tensors.values():
+            checksum = zlib.crc32(tensor.detach().reshape(-1).view(torch.uint8).numpy().data, checksum)
+        return checksum, self.state.masks.id
 
     def state_dict(self) -> dict[str, Any]:
         """Everything, as tensors and primitives."""

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from lightning_fedsparse.data import FederatedDataModule
 from lightning_fedsparse.evaluation import recalibrate
 from lightning_fedsparse.federation import Federation
+from lightning_fedsparse.ranks import Ranks
 from lightning_fedsparse.seeding import derive_seed
 from lightning_fedsparse.server import ServerState
 
@@ -26,6 +27,7 @@ class GlobalModel:
         trainer: Keyword arguments of the clients' Trainer.
         measured: Whether BatchNorm statistics are measured anew over the cohort's data after each round.
         seed: Of the federation.
+        ranks: Of whom the first one measures.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class GlobalModel:
         *,
         measured: bool,
         seed: int,
+        ranks: Ranks,
     ) -> None:
         self._module = module
         self._federation = federation
@@ -44,15 +47,18 @@ class GlobalModel:
         self._trainer = trainer
         self._measured = measured
         self._seed = seed
+        self._ranks = ranks
         self._cohort: Sequence[str] = ()
 
     def end_round(self, cohort: Sequence[str]) -> None:
         """Take in which clients trained it last, and measure its statistics over their data where that is asked for."""
         self._cohort = cohort
         if self._measured:
-            self.load()
-            self._measure()
-            self._federation.state.buffers = ServerState.of(self._module).buffers
+            if self._ranks.rank == 0:
+                self.load()
+                self._measure()
+            buffers = ServerState.of(self._module).buffers
+            self._federation.state.buffers = self._ranks.deal([buffers] * self._ranks.size)
 
     def load(self, capacity: float | None = None) -> None:
         """Write the global model, or its submodel of a capacity, into the user's module."""

@@ -3,16 +3,19 @@
 Where nothing needs the whole cohort, uploads are merged as they come and forgotten. What has to wait (until it is known that
 the round has enough of them, until the last is there to choose the first, until there is a cohort to hold each against)
 waits encoded, which for a sparse model is a small part of it.
+
+Where several ranks take in a round's uploads, each its own, they tell each other whose they have and choose alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_fedsparse.faults import FaultPolicy
 from lightning_fedsparse.payload import Limits
+from lightning_fedsparse.ranks import Alone, Ranks
 from lightning_fedsparse.rounds import UploadRule
 from lightning_fedsparse.screening import Screen, Screening
 from lightning_fedsparse.server import ServerState
@@ -88,19 +91,35 @@ class Intake:
         wanted: At most so many are merged.
         reader: Reads what has waited.
         screen: Bounds against the cohort; None for none.
+        ranks: Who else takes in uploads of the round; nobody if None. Then there can be no screen.
 
     Attributes:
         refused: Why uploads were screened out, by client id.
         unused: Clients whose valid uploads are not needed.
     """
 
-    def __init__(self, policy: FaultPolicy, wanted: int, reader: UploadReader, screen: Screen | None) -> None:
+    def __init__(
+        self,
+        policy: FaultPolicy,
+        wanted: int,
+        reader: UploadReader,
+        screen: Screen | None,
+        ranks: Ranks | None = None,
+    ) -> None:
         self.policy = policy
         self.reader = reader
         self._wanted = wanted
         self._screening = None if screen is None else Screening(screen, reader.state.weights)
+        self._ranks = ranks or Alone()
         self._streams = screen is None and policy.accept == "sampled"
+        self._least = policy.min_clients
+        if self._ranks.size > 1:
+            # nobody knows how many the others have; if they are too few in the end, what was merged is lost with the run
+            self._least = 1
+            stops = policy.min_clients == 1 or policy.when_fewer == "stop"
+            self._streams = self._streams and not policy.oversample and stops
         self._waiting: list[Upload] = []
+        self._candidates: list[str] = []
         self._merged = 0
         self._usable = 0
         self.refused: dict[str, str] = {}
@@ -126,34 +145,50 @@ class Intake:
             self.unused.append(upload.client_id)
         else:
             self._usable += 1
-            if self._usable < self.policy.min_clients:
+            if self._usable < self._least:
                 self._waiting.append(replace(upload, update=None))
             else:
                 yield from self._give([*self._waiting, upload])
                 self._waiting = []
 
-    def settle(self) -> Iterator[Upload]:
-        """All that were asked have answered or failed: give those that waited for this, if they are enough."""
+    def settle(self, asked: Sequence[str] = ()) -> Iterator[Upload]:
+        """All that were asked have answered or failed: give those that waited for this, if they are enough.
+
+        Args:
+            asked: The round's clients so far, in the order asked; where ranks have to agree on it.
+        """
         if self._streams:
             return
         self.refused = self._screened()
-        candidates = [upload for upload in self._waiting if upload.client_id not in self.refused]
-        self._usable = min(len(candidates), self._wanted)
-        if len(candidates) < self.policy.min_clients:
+        waiting = {upload.client_id: upload for upload in self._waiting if upload.client_id not in self.refused}
+        seconds: dict[str, float] = {}
+        for part in self._ranks.share({client_id: upload.seconds for client_id, upload in waiting.items()}):
+            seconds |= part
+        self._candidates = list(seconds)
+        if self._ranks.size > 1:
+            self._candidates = [client_id for client_id in asked if client_id in seconds]
+        self._usable = min(len(self._candidates), self._wanted)
+        if len(self._candidates) < self.policy.min_clients:
             return
-        chosen = candidates[: self._wanted]
+        by_preference = self._candidates
         if self.policy.accept == "first":
-            chosen = sorted(candidates, key=lambda upload: upload.seconds)[: self._wanted]
-        ids = {upload.client_id for upload in chosen}
-        self.unused = [upload.client_id for upload in candidates if upload.client_id not in ids]
+            by_preference = sorted(self._candidates, key=lambda client_id: seconds[client_id])
+        chosen = set(by_preference[: self._wanted])
+        self.unused = [client_id for client_id in self._candidates if client_id not in chosen]
         # merged in the order asked, whoever was first: that order decides the last bits of a sum
-        self._waiting = []
-        yield from self._give([upload for upload in candidates if upload.client_id in ids])
+        mine = [waiting[one] for one in self._candidates if one in chosen and one in waiting]
+        self._waiting, self._candidates = [], []
+        yield from self._give(mine)
+
+    def count(self, merged: int) -> None:
+        """Take in how many all ranks together have merged."""
+        self._merged = merged
+        self._usable = max(self._usable, merged)
 
     def close(self) -> None:
         """The round has ended: what still waits is not needed."""
-        self.unused += [upload.client_id for upload in self._waiting if upload.client_id not in self.refused]
-        self._waiting = []
+        self.unused += [upload.client_id for upload in self._waiting] if self._streams else self._candidates
+        self._waiting, self._candidates = [], []
 
     def _give(self, uploads: list[Upload]) -> Iterator[Upload]:
         self._merged += len(uploads)

@@ -12,11 +12,13 @@
         7 server step  optimizer on the mean update; masks move
         8 record       RoundRecord -> JSONL, loggers, table; checkpoint
 
-Steps 3 to 5 are the client's (:mod:`lightning_fedsparse.client`): what crosses between is bytes.
+Steps 3 to 5 are the client's (:mod:`lightning_fedsparse.client`): what crosses between is bytes. Under ``torchrun`` every rank
+runs all of this, but for 3 to 5 only with its part of the cohort (:mod:`lightning_fedsparse.ranks`).
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -43,18 +45,23 @@ from lightning_fedsparse.faults import FaultPolicy
 from lightning_fedsparse.federation import Federation
 from lightning_fedsparse.global_model import GlobalModel
 from lightning_fedsparse.intake import Intake, UploadReader
+from lightning_fedsparse.launching import environment_size
 from lightning_fedsparse.loop_arguments import require_model_and_data, require_parts, trainer_arguments
+from lightning_fedsparse.meeting import joined_ranks
 from lightning_fedsparse.memories import ClientMemories, HeldMemories
+from lightning_fedsparse.rank_rules import require_ranks_can_share, start_alike, with_own_device
 from lightning_fedsparse.receiving import Receiver
+from lightning_fedsparse.recording import Recorder
 from lightning_fedsparse.records import RoundRecord
-from lightning_fedsparse.resuming import recipe_of, require_same_run
+from lightning_fedsparse.resuming import recipe_of
 from lightning_fedsparse.rounds import ServerRound, UploadRule
 from lightning_fedsparse.run_folder import RunFolder
-from lightning_fedsparse.sampling import UniformSampling
+from lightning_fedsparse.sampling import sample_cohort
 from lightning_fedsparse.schedules import Progress
 from lightning_fedsparse.screening import Screen
 from lightning_fedsparse.seeding import derive_seed
 from lightning_fedsparse.server import OptimizerFactory, ServerOptimizer, ServerState
+from lightning_fedsparse.sharding import Shards
 from lightning_fedsparse.tally import RoundTally
 from lightning_fedsparse.threads import torch_threads
 from lightning_fedsparse.update import SparseUpdate
@@ -94,6 +101,8 @@ class FederatedLoop:
         checkpointing: When the federation is saved and which checkpoints stay; after every round and the latest if None.
         default_root_dir: Run folder for ``history.jsonl`` and ``checkpoints/``; nothing is written if None.
         console: Show a progress bar, one row per round and a closing summary.
+        rank_timeout: Under ``torchrun``, seconds that a rank waits for the others: for the longest part of a cohort, or for an
+            evaluation.
 
     Attributes:
         history: The records so far.
@@ -123,10 +132,13 @@ class FederatedLoop:
         checkpointing: Checkpointing | None = None,
         default_root_dir: str | Path | None = None,
         console: bool = True,
+        rank_timeout: float = 3600.0,
     ) -> None:
         require_at_least_one(rounds=rounds, clients_per_round=clients_per_round, threads=threads)
         if buffers not in ("average", "local", "recalibrate"):
             raise ValueError(f"expected buffers to be 'average', 'local' or 'recalibrate', got {buffers!r}")
+        if not 0 < rank_timeout < math.inf:
+            raise ValueError(f"expected a rank_timeout above 0 seconds, got {rank_timeout}")
         wire = CountingWire() if wire == "count" else wire
         require_parts(
             trainer=trainer,
@@ -161,6 +173,7 @@ class FederatedLoop:
         self.history: list[RoundRecord] = []
         self.recipe: str | None = None
         self.server_optimizer = server_optimizer
+        self.rank_timeout = rank_timeout
 
     def fit(
         self,
@@ -173,7 +186,8 @@ class FederatedLoop:
         Args:
             model: The user's module: its weights are where the federation starts.
             data: The clients.
-            ckpt_path: A checkpoint of the same federation to go on from; ``"last"`` is the run folder's latest.
+            ckpt_path: A checkpoint of the same federation to go on from; ``"last"`` is the run folder's latest, and what a
+                process goes on from that ``torchrun`` has restarted.
 
         Returns:
             One record per round, round 0 first.
@@ -186,27 +200,30 @@ class FederatedLoop:
                 client that raised did raise.
             OSError: If the run folder can't be written; what was saved before is as it was.
             RuntimeError: If another run is at work in the run folder.
+            RankLostError: If another rank ended, or was not heard of in time.
         """
-        self._start(model, data)
-        with self.folder.locked(), torch_threads(self.threads):
-            self._run(self._restore(ckpt_path))
-        self.console.summary(self.history)
+        require_ranks_can_share(self, environment_size())
+        with joined_ranks(self.rank_timeout) as self._ranks:
+            self._start(model, data)
+            with self._recorder.locked(), torch_threads(self.threads):
+                self._run(self._restore(ckpt_path))
+        self._recorder.console.summary(self.history)
         return self.history
 
     def _run(self, done: int) -> None:
         try:
-            self.console.start(self.history)
+            self._recorder.console.start(self.history)
             if not self.history:
                 self._record(done, RoundTally(), {}, time.perf_counter())
             for index in range(done, self.rounds):
                 self._round(index)
         except (KeyboardInterrupt, SystemExit) as stop:
             # Lightning turns Ctrl-C inside a fit into SystemExit; the last whole round is what counts
-            self.console.interrupted(self.folder.saved)
+            self._recorder.console.interrupted(self.folder.saved)
             raise KeyboardInterrupt from stop
         finally:
             self.executor.stop()
-            self.console.stop()
+            self._recorder.console.stop()
             self._worker.release()
             self._global.load()
 
@@ -222,16 +239,17 @@ class FederatedLoop:
 
     def validate(self, model: pl.LightningModule, data: pl.LightningDataModule) -> dict[str, float]:
         """Evaluate a module on the data module's global validation loaders."""
-        return evaluate(model, data, "validation", self.trainer)
+        return evaluate(model, data, "validation", with_own_device(self.trainer))
 
     def test(self, model: pl.LightningModule, data: pl.LightningDataModule) -> dict[str, float]:
         """Evaluate a module on the data module's global test loaders."""
-        return evaluate(model, data, "test", self.trainer)
+        return evaluate(model, data, "test", with_own_device(self.trainer))
 
     # -- one round -------------------------------------------------------------------------------------------------
 
     def _round(self, index: int) -> None:
         started = time.perf_counter()
+        self._ranks.moment = f"round {index + 1}"
         tally = RoundTally(accept=self.faults.accept)
         server_round = ServerRound(index, self.rounds, derive_seed(self.seed, "server", index))
         self._data.start_round(server_round.progress)
@@ -240,7 +258,7 @@ class FederatedLoop:
         mean = self._aggregate(updates, rule, index + 1, tally)
         if mean is not None:
             self._server_step(mean, server_round, tally.merged)
-        tally.evicted_memories = self.memories.end_round(index + 1)
+        tally.evicted_memories = self.memories.end_round(index + 1, tally.down)
         self._record(index + 1, tally, server_round.metrics, started)
 
     def _upload_rule(self, server_round: ServerRound) -> UploadRule:
@@ -250,34 +268,34 @@ class FederatedLoop:
     def _collect(self, server_round: ServerRound, rule: UploadRule, tally: RoundTally) -> Iterator[SparseUpdate]:
         """Steps 1 to 5: ask clients, and others if too few return; give the updates that count, in the order asked."""
         reader = UploadReader(self._federation.state, self.wire, rule)
-        intake = Intake(self.faults, self.clients_per_round, reader, self.screen)
-        receiver = Receiver(self._federation, self._methods, intake, server_round, tally, self.console.failure)
+        intake = Intake(self.faults, self.clients_per_round, reader, self.screen, self._ranks)
+        show = self._recorder.console.failure
+        receiver = Receiver(
+            self._federation, self._methods, intake, server_round, tally, show, self._ranks, self._shards
+        )
         asked: list[str] = []
         while not intake.enough and tally.tries < self.faults.tries:
-            cohort = self._sample(server_round.index, tally.tries, intake.missing, asked)
+            cohort = sample_cohort(
+                self._data.client_ids,
+                (intake.missing, self.faults.oversample),
+                seed=self.seed,
+                round_index=server_round.index,
+                attempt=tally.tries,
+                asked=asked,
+            )
             if not cohort:  # nobody is left to ask
                 break
             asked += cohort
             tally.tries += 1
-            jobs = self._broadcast(server_round.index, cohort, asked, tally)
-            yield from receiver.receive(self.executor.run(self._worker, jobs), cohort)
+            mine = self._shards.mine([self._data.client(client_id) for client_id in cohort])
+            jobs = self._broadcast(server_round.index, cohort, mine, asked, tally)
+            yield from receiver.receive(self.executor.run(self._worker, jobs), filter(mine.__contains__, cohort))
         receiver.close()
 
-    def _sample(self, index: int, attempt: int, wanted: int, asked: Collection[str]) -> list[str]:
-        """Clients that were not asked in this round: those that are wanted, then those asked beyond."""
-        cohort: list[str] = []
-        for draw, count in enumerate((wanted, self.faults.oversample), start=2 * attempt):
-            excluded = {*asked, *cohort}
-            count = min(count, len(self._data.client_ids) - len(excluded))
-            if count:
-                cohort += UniformSampling().sample(
-                    self._data.client_ids, count, seed=self.seed, round_index=index, draw=draw, excluded=excluded
-                )
-        return cohort
-
     def _broadcast(
-        self, index: int, cohort: Sequence[str], asked: Collection[str], tally: RoundTally
+        self, index: int, cohort: Sequence[str], mine: Collection[str], asked: Collection[str], tally: RoundTally
     ) -> Iterator[ClientJob]:
+        """What every client of the cohort is sent; jobs for those that are trained here."""
         broadcaster = self._federation.broadcaster
         clients = {client_id: self._data.client(client_id) for client_id in asked}
         seed = derive_seed(self.seed, "broadcast", index)
@@ -285,6 +303,10 @@ class FederatedLoop:
         for client_id in cohort:
             sent = broadcaster.send(clients[client_id])
             tally.down[client_id] = sent.traffic
+            if client_id not in mine:
+                # its client may be another rank's today and this one's tomorrow
+                self._worker.hold([broadcaster.support(client_id)])
+                continue
             yield ClientJob(
                 client_id,
                 index,
@@ -292,7 +314,7 @@ class FederatedLoop:
                 derive_seed(self.seed, "client", index, client_id),
                 sent.payload,
                 sent.reference_id,
-                self.memories.take(client_id),
+                self.memories.get(client_id, {}),
                 broadcaster.kept_versions,
                 self.faults.deadline,
             )
@@ -305,7 +327,9 @@ class FederatedLoop:
         aggregator.start(self._federation.state.tensors)
         for update in updates:
             aggregator.add(update)
-        if tally.merged:
+        if len(tally.merged) >= self.faults.min_clients:
+            if self._ranks.size > 1:
+                aggregator.reduce(self._ranks)
             return aggregator.result()
         ever = any(record.clients_returned for record in self.history)
         if self.faults.when_fewer == "stop" or not (ever or tally.unused):
@@ -314,33 +338,32 @@ class FederatedLoop:
         return None
 
     def _server_step(self, mean: Mapping[str, Tensor], server_round: ServerRound, cohort: Sequence[str]) -> None:
+        for method in self._methods:
+            method.on_server_received(self._federation.state, server_round, self._ranks.total)
         self._federation.optimizer.step(self._federation.state, mean)
         for method in self._methods:
             self._federation.state = method.on_server_round_end(self._federation.state, server_round)
         self._global.end_round(cohort)
 
     def _record(self, done: int, tally: RoundTally, metrics: Mapping[str, float], started: float) -> None:
+        # else other builds of torch, or other kinds of processors, would drift apart unseen
+        self._ranks.require_same("the same weights and masks", self._federation.digest)
         evaluated = {}
-        if self._evaluator.is_due(done, self.rounds):
+        if self._ranks.rank == 0 and self._evaluator.is_due(done, self.rounds):
             evaluated = self._evaluator.run(self._global.load_measured)
+        evaluated, seconds = self._ranks.share((evaluated, time.perf_counter() - started))[0]
         record = tally.record(
             done,
             last=self.history[-1] if self.history else None,
             sparsity=self._federation.state.prunable_sparsity,
-            seconds=time.perf_counter() - started,
+            seconds=seconds,
             metrics={**metrics, **evaluated},
             wire=self.wire,
         )
         self.history.append(record)
-        self.folder.append(record)
-        for logger in self.loggers:
-            logger.log_metrics(record.scalars, step=done)
-        self.console.row(record)
-        kept = self.folder.save(
+        self._recorder.keep(
             self.history, self.rounds, lambda: {"recipe": self._recipe, **self._federation.state_dict()}
         )
-        if kept:
-            self.memories.saved(kept)
         if done and (evaluated or not self._evaluator.is_due(self.rounds, self.rounds)):
             self.folder.checkpointing.require_monitor(self.history)
 
@@ -349,6 +372,7 @@ class FederatedLoop:
     def _start(self, model: pl.LightningModule, data: FederatedDataModule) -> None:
         require_model_and_data(model, data)
         model.configure_model()
+        start_alike(self._ranks, model, data)
         data.start_round(Progress(0, self.rounds))
         self.history = []
         self._data = data
@@ -357,37 +381,36 @@ class FederatedLoop:
         self._federation = Federation(
             state, ServerOptimizer(self.server_optimizer), Broadcaster(self.wire), self._methods, self.memories
         )
+        self._shards = Shards(self._ranks, self.memories)
+        self._recorder = Recorder(self.folder, self.loggers, self.console, self.memories, self._ranks, self._shards)
+        trainer = with_own_device(self.trainer)
         measured = self.buffers == "recalibrate"
-        self._global = GlobalModel(model, self._federation, data, self.trainer, measured=measured, seed=self.seed)
+        self._global = GlobalModel(
+            model, self._federation, data, trainer, measured=measured, seed=self.seed, ranks=self._ranks
+        )
         # a cohort larger than the population is an error now, not after the first evaluation
         self.faults.check_population(self.clients_per_round, len(data.client_ids))
-        self._evaluator = Evaluator(model, data, self.evaluation, self.trainer)
+        self._evaluator = Evaluator(model, data, self.evaluation, trainer)
         self.wire.check(self._methods, data.client_ids)
         self._worker = ClientWorker(
             model,
             data,
             self.callbacks,
-            self.trainer,
+            trainer,
             wire=self.wire,
             local_buffers=self.buffers == "local",
             fresh_trainer=self.fresh_trainer,
         )
         self._federation.start(model, self.seed)
         self._recipe = recipe_of(self, data)
+        self._ranks.require_same("the same recipe and clients", lambda: (self._recipe, data.client_ids, self.rounds))
 
     def _restore(self, ckpt_path: str | Path | None) -> int:
-        """Rounds done so far; nothing is written before all of a checkpoint fits."""
-        if ckpt_path is None:
-            self.folder.start()
-        saved = None if ckpt_path is None else self.folder.load(ckpt_path)
-        done: int = saved["round"] if saved else 0
-        self.memories.start(self.folder.path, fresh=not saved)
-        if ckpt_path is not None and saved is not None:
-            require_same_run(saved, self._recipe, self.rounds)
-            self._federation.load_state_dict(saved)
-            self._worker.hold(self._federation.broadcaster.versions)
-            self._data.start_round(Progress(done, self.rounds))
-            self.history = self.folder.go_on(saved, ckpt_path)
+        """Rounds done so far."""
+        self.history = self._recorder.restore(ckpt_path, self._federation, self._recipe, self.rounds)
+        done = self.history[-1].round if self.history else 0
+        self._worker.hold(self._federation.broadcaster.versions)
+        self._data.start_round(Progress(done, self.rounds))
         if self.recipe is not None and done < self.rounds:
-            self.folder.keep_recipe(self.recipe)
+            self._recorder.folder.keep_recipe(self.recipe)
         return done

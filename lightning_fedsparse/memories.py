@@ -8,7 +8,7 @@ the memory of this process (:class:`HeldMemories`) or in files
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +18,36 @@ Memory = Mapping[str, Any]
 
 
 class ClientMemories(Mapping[str, Memory]):
-    """Memories by client id; looking one up here leaves no trace, as ``take`` does for a client that is sampled."""
+    """Memories by client id."""
 
     @abstractmethod
-    def start(self, run_folder: Path | None, *, fresh: bool) -> None:
+    def start(self, run_folder: Path | None, *, fresh: bool, sweeps: bool = True) -> None:
         """Forget everything: a run begins.
 
         Args:
             run_folder: The run's folder, if it has one.
             fresh: Whether the run begins with round 0; else :meth:`load_state_dict` comes next.
+            sweeps: Whether to clean up what a killed run left behind; of ranks that share a folder one does.
         """
-
-    @abstractmethod
-    def take(self, client_id: str) -> Memory:
-        """What a sampled client remembers, empty if nothing; clients of a round are taken in cohort order."""
 
     @abstractmethod
     def put(self, client_id: str, memory: Memory) -> None:
         """Replace what a client remembers."""
 
-    def end_round(self, done: int) -> list[str]:
+    def reference(self, client_id: str) -> Any | None:
+        """What another rank needs to find a memory that is in a folder; None for one that is in this process."""
+        return None
+
+    def refer(self, client_id: str, reference: Any) -> None:
+        """Take it that a rank has :meth:`put` a client's memory where ``reference`` says."""
+        raise NotImplementedError
+
+    def end_round(self, done: int, sampled: Iterable[str]) -> list[str]:
         """``done`` rounds are over: give up what there is no room for.
+
+        Args:
+            done: Rounds done.
+            sampled: The clients of the last one, in the order asked.
 
         Returns:
             Clients whose memory is lost.
@@ -76,13 +85,9 @@ class HeldMemories(ClientMemories):
     def __len__(self) -> int:
         return len(self._memories)
 
-    def start(self, run_folder: Path | None, *, fresh: bool) -> None:
+    def start(self, run_folder: Path | None, *, fresh: bool, sweeps: bool = True) -> None:
         """See :meth:`ClientMemories.start`."""
         self._memories = {}
-
-    def take(self, client_id: str) -> Memory:
-        """See :meth:`ClientMemories.take`."""
-        return self._memories.get(client_id, {})
 
     def put(self, client_id: str, memory: Memory) -> None:
         """See :meth:`ClientMemories.put`."""

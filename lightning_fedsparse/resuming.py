@@ -28,6 +28,7 @@ FREE = (
     "checkpointing",
     "default_root_dir",
     "console",
+    "rank_timeout",
 )
 """Arguments of the loop that a resumed run may change: the rounds that are done would have been the same. But for ``faults``
 and a quota of ``memories``: a run that ended because too few clients returned, or that gives up memories, must be able to go on,

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeAlias
+
+from torch import Tensor
 
 from lightning_fedsparse.schedules import Progress
 from lightning_fedsparse.update import Absent, Kind, MaskSet
 
-__all__ = ["ClientRound", "ServerRound", "UploadRule"]
+__all__ = ["ClientRound", "ServerRound", "Total", "UploadRule"]
+
+Total: TypeAlias = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+"""Sums named tensors over all processes that took in uploads of a round; one that a process does not have counts as zero."""
 
 
 @dataclass(frozen=True)

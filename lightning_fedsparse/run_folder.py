@@ -132,6 +132,10 @@ class RunFolder:
         if self.path is not None:
             append_record(self.path / "history.jsonl", record)
 
+    def is_due(self, done: int, total: int) -> bool:
+        """Whether :meth:`save` is to be called after ``done`` of ``total`` rounds."""
+        return self.path is not None and self.checkpointing.is_due(done, total)
+
     def save(self, history: Sequence[RoundRecord], total: int, content: Callable[[], Mapping[str, Any]]) -> list[int]:
         """Save the round that was recorded last, if it is time.
 
@@ -147,7 +151,7 @@ class RunFolder:
             OSError: If it can't be written; the last checkpoint is then as it was.
         """
         last = history[-1]
-        if self.checkpoint is None or not self.checkpointing.is_due(last.round, total):
+        if self.checkpoint is None or not self.is_due(last.round, total):
             return []
         saved = {"round": last.round, "record": last.to_json(), **content()}
         kept = self._keep_best(history, saved) if last.round and self.checkpointing.monitor is not None else []

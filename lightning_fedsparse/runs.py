@@ -15,6 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_fedsparse.durable import TEMPORARY
+from lightning_fedsparse.launching import environment_rank, may_restart
 from lightning_fedsparse.locking import LOCK_NAME, locked
 from lightning_fedsparse.loop import FederatedLoop
 from lightning_fedsparse.quiet import quiet_lightning
@@ -132,11 +133,20 @@ def make_run(recipe: Recipe, folder: Path) -> Run:
 def fresh_folder(recipe: Recipe) -> Path:
     """Return where a new run goes: what the recipe says, else ``runs/NAME``, ``runs/NAME-2``, ...
 
+    Under ``torchrun`` it is the first rank's folder that counts, and a restarted run goes on in it.
+
     Raises:
-        RecipeError: If the recipe asks for a folder that holds a run.
+        RecipeError: If the recipe asks for a folder that holds a run, or does not say which a restart is to find.
     """
+    restarts = recipe.section == "loop" and may_restart()
+    if recipe.folder is None and restarts:
+        raise RecipeError(
+            "expected the run folder with torchrun --max-restarts, for a restart to find it, got none: add "
+            "--loop.default_root_dir=FOLDER"
+        )
     if recipe.folder is not None:
-        if _is_taken(recipe.folder):
+        # where it may be a restart, the loop knows whether it is one
+        if environment_rank() == 0 and not restarts and _is_taken(recipe.folder):
             raise RecipeError(
                 f"expected an empty or new run folder, found a run in {recipe.folder}: continue it with "
                 f"`fedsparse resume {recipe.folder}` or name another"

@@ -13,7 +13,7 @@ import numpy as np
 
 from lightning_fedsparse.seeding import derive_seed
 
-__all__ = ["UniformSampling"]
+__all__ = ["UniformSampling", "sample_cohort"]
 
 
 class UniformSampling:
@@ -56,3 +56,33 @@ class UniformSampling:
         size = count + len(excluded)
         drawn = [client_ids[i] for i in generator.choice(len(client_ids), size=size, replace=False).tolist()]
         return [client_id for client_id in drawn if client_id not in excluded][:count]
+
+
+def sample_cohort(
+    client_ids: Sequence[str],
+    counts: Sequence[int],
+    *,
+    seed: int,
+    round_index: int,
+    attempt: int,
+    asked: Collection[str],
+) -> list[str]:
+    """Clients that were not asked in this round, from one draw for each of the counts, or as many as there are.
+
+    Args:
+        client_ids: All clients.
+        counts: Clients to draw, such as those that are wanted and those asked beyond.
+        seed: The run's seed.
+        round_index: The round, from 0.
+        attempt: How often the round has asked, from 0; always with as many counts.
+        asked: Whom.
+    """
+    cohort: list[str] = []
+    for draw, count in enumerate(counts, start=len(counts) * attempt):
+        excluded = {*asked, *cohort}
+        count = min(count, len(client_ids) - len(excluded))
+        if count:
+            cohort += UniformSampling().sample(
+                client_ids, count, seed=seed, round_index=round_index, draw=draw, excluded=excluded
+            )
+    return cohort

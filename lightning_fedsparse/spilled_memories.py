@@ -83,7 +83,6 @@ class SpilledMemories(ClientMemories):
         self._files: OrderedDict[str, _File] = OrderedDict()  # those sampled longest ago come first
         self._bytes = 0
         self._former: list[_Former] = []
-        self._taken: list[str] = []
         self._unsynced: set[Path] = set()
         self._done = 0
         self._saved = 0
@@ -102,19 +101,15 @@ class SpilledMemories(ClientMemories):
     def __contains__(self, client_id: object) -> bool:
         return client_id in self._files  # without reading
 
-    def start(self, run_folder: Path | None, *, fresh: bool) -> None:
+    def start(self, run_folder: Path | None, *, fresh: bool, sweeps: bool = True) -> None:
         """See :meth:`ClientMemories.start`."""
         self._reset()
+        self._swept = not sweeps
         if self.folder is None and run_folder is None:
             raise ValueError("expected a folder for SpilledMemories in a run without default_root_dir, got none")
         self._path = self.folder or run_folder / "memories"  # type: ignore[operator]
         if fresh and self._found():
             raise ValueError(f"expected no client memories where a run begins, found some in {self._path}")
-
-    def take(self, client_id: str) -> Memory:
-        """See :meth:`ClientMemories.take`."""
-        self._taken.append(client_id)
-        return self[client_id] if client_id in self._files else {}
 
     def put(self, client_id: str, memory: Memory) -> None:
         """See :meth:`ClientMemories.put`."""
@@ -124,17 +119,27 @@ class SpilledMemories(ClientMemories):
         file = _File(self._done, _digest(content), len(content))
         if self._files.get(client_id) != file:
             self._write(client_id, file, content)
+            self.refer(client_id, astuple(file))
+
+    def reference(self, client_id: str) -> Any | None:
+        """See :meth:`ClientMemories.reference`."""
+        return astuple(self._files[client_id])
+
+    def refer(self, client_id: str, reference: Any) -> None:
+        """See :meth:`ClientMemories.refer`."""
+        file = _File(*reference)
+        if self._files.get(client_id) != file:
             if client_id in self._files:
                 self._retire(client_id, until=self._done)
             self._files[client_id] = file
             self._bytes += file.size
+        self._files.move_to_end(client_id)  # ranks that are told the same then have one order
 
-    def end_round(self, done: int) -> list[str]:
+    def end_round(self, done: int, sampled: Iterable[str]) -> list[str]:
         """See :meth:`ClientMemories.end_round`."""
-        for client_id in self._taken:
+        for client_id in sampled:
             if client_id in self._files:
                 self._files.move_to_end(client_id)
-        self._taken.clear()
         evicted = []
         while self.quota_bytes is not None and self._bytes > self.quota_bytes:
             evicted.append(next(iter(self._files)))

@@ -7,10 +7,15 @@ as the nested submodels of a few capacities: a sum without counts takes half the
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-__all__ = ["WeightedSum"]
+from lightning_fedsparse.ranks import Ranks
+
+__all__ = ["WeightedSum", "reduce_sums"]
 
 _CHUNK = 2**15
 _MOST_SUPPORTS = 8
@@ -78,11 +83,42 @@ class WeightedSum:
             return None
         return self._counts_per_entry()
 
+    def layout(self) -> str | None:
+        """Which support all terms have; None while there are none, and where entries have sums of their own."""
+        if self._empty or not self.shared:
+            return None
+        if self.support is None:
+            return "all"
+        return hashlib.blake2b(self.support.cpu().numpy().tobytes(), digest_size=16).hexdigest()
+
+    def parts(self, *, common: bool, weight: int) -> dict[str, Tensor]:
+        """What is to be added up where several processes have each taken in some of the terms.
+
+        Args:
+            common: Whether they all have one :meth:`layout`; else every entry gets a sum of its own, and where it matters a
+                count.
+            weight: Sum of the weights of all of them.
+        """
+        if common:
+            return {"sums": self.sums.cpu()}
+        self._spread()
+        counts = {"counts": self._counts_per_entry(weight - self.weight).cpu()} if self._counting else {}
+        return {"sums": self.sums.cpu(), **counts}
+
+    def take(self, totals: Mapping[str, Tensor], weight: int) -> None:
+        """Take what has become of :meth:`parts`."""
+        self.sums = totals["sums"].to(self._device)
+        if "counts" in totals:
+            self._counts = totals["counts"].to(self._device)
+        self.weight = weight
+
     def _spread(self) -> None:
         """Give every entry of the tensor a sum of its own."""
         if not self.shared:
             return
         self.shared = False
+        if self._empty:
+            self._empty, self.sums = False, torch.zeros(self._size, dtype=self._dtype, device=self._device)
         self._supports = [(self.support, self.weight)]
         if self.support is not None:
             sums = torch.zeros(self._size, dtype=self._dtype, device=self._device)
@@ -111,6 +147,23 @@ class WeightedSum:
         elif self.weight + more > _LARGEST_COUNT and self._counts.dtype == torch.int32:
             self._counts = self._counts.long()
         return self._counts
+
+
+def reduce_sums(sums: Mapping[str, WeightedSum], ranks: Ranks) -> None:
+    """Make sums over all ranks of those that each has over its own terms, by the same names on every rank.
+
+    Where all terms of a name have one support no more than that is summed.
+    """
+    held = ranks.share({name: (own.weight, own.layout()) for name, own in sums.items()})
+    weights = {name: sum(theirs[name][0] for theirs in held) for name in sums}
+    parts = {}
+    for name, own in sums.items():
+        layouts = {theirs[name][1] for theirs in held}
+        parts[name] = own.parts(common=len(layouts) == 1 and None not in layouts, weight=weights[name])
+    flat = {f"{kind} of {name}": tensor for name, own in parts.items() for kind, tensor in own.items()}
+    totals = ranks.total(flat)
+    for name, total in sums.items():
+        total.take({kind: totals[f"{kind} of {name}"] for kind in parts[name]}, weights[name])
 
 
 def _add_count(counts: Tensor, where: Tensor | None, weight: int) -> None:

@@ -47,9 +47,9 @@ def test_what_was_put_is_taken_and_nothing_else(tmp_path):
     for memories in (HeldMemories(), spilled(tmp_path / "memories")):
         memories.put("a/b", remember(1))
         memories.put("a/b", remember(2))
-        assert number_of(memories.take("a/b")) == 2
-        assert memories.take("a/b")["method"]["mask_id"] is None
-        assert memories.take("other") == {}
+        assert number_of(memories["a/b"]) == 2
+        assert memories["a/b"]["method"]["mask_id"] is None
+        assert "other" not in memories
         assert list(memories) == ["a/b"]
         assert len(memories) == 1
     assert len(files(tmp_path / "memories")) == 1  # whatever the client is called
@@ -59,7 +59,7 @@ def test_a_file_is_read_when_its_client_is_sampled_and_not_before(tmp_path, monk
     memories = spilled(tmp_path)
     for number in range(3):
         memories.put(str(number), remember(number))
-    memories.end_round(1)
+    memories.end_round(1, [])
     again = SpilledMemories(tmp_path)
     again.start(None, fresh=False)
     reads = []
@@ -67,20 +67,20 @@ def test_a_file_is_read_when_its_client_is_sampled_and_not_before(tmp_path, monk
     again.load_state_dict(memories.state_dict())
     assert "1" in again
     assert reads == []
-    assert number_of(again.take("1")) == 1
+    assert number_of(again["1"]) == 1
     assert reads == [1]
 
 
 def test_a_file_stays_until_no_checkpoint_needs_it(tmp_path):
     memories = spilled(tmp_path)
     memories.put("a", remember(1))
-    memories.end_round(1)
+    memories.end_round(1, [])
     memories.state_dict()
     memories.saved([1])
     (first,) = files(tmp_path)
     memories.put("a", remember(2))
     memories.put("a", remember(3))  # a round that was run twice: nothing can need the 2
-    memories.end_round(2)
+    memories.end_round(2, [])
     memories.state_dict()
     assert len(files(tmp_path)) == 2
     assert first in files(tmp_path)
@@ -94,7 +94,7 @@ def test_a_file_stays_until_no_checkpoint_needs_it(tmp_path):
 def test_what_a_killed_run_left_behind_goes_after_the_next_checkpoint(tmp_path):
     memories = spilled(tmp_path)
     memories.put("a", remember(1))
-    memories.end_round(1)
+    memories.end_round(1, [])
     state = memories.state_dict()
     memories.saved([1])
     kept = files(tmp_path)
@@ -103,9 +103,9 @@ def test_what_a_killed_run_left_behind_goes_after_the_next_checkpoint(tmp_path):
     (tmp_path / "my.memory").write_text("mine")
     memories = spilled(tmp_path)
     memories.load_state_dict(state)
-    assert number_of(memories.take("a")) == 1
+    assert number_of(memories["a"]) == 1
     assert len(files(tmp_path)) == 4
-    memories.end_round(2)
+    memories.end_round(2, [])
     memories.state_dict()
     memories.saved([2])
     assert files(tmp_path) == sorted([*kept, "my.memory"])
@@ -123,10 +123,9 @@ def test_every_checkpoint_that_is_kept_gives_the_memories_of_its_round(tmp_path_
     expected, checkpoints, current = {}, {}, {}
     for done, written in enumerate(rounds, start=1):
         for client, number in written.items():
-            memories.take(client)
             memories.put(client, remember(number))
             current[client] = number
-        for client in memories.end_round(done):
+        for client in memories.end_round(done, written):
             del current[client]
         if done % every == 0:
             state = memories.state_dict()
@@ -155,21 +154,18 @@ def test_those_not_sampled_for_longest_are_given_up(tmp_path):
     size = memories._bytes
     memories = spilled(tmp_path / "quota", quota_bytes=3 * size)
     for number in range(3):
-        memories.take(str(number))
         memories.put(str(number), remember(number))
-    assert memories.end_round(1) == []
-    memories.take("0")  # sampled again, whether it comes back or not
-    memories.take("7")
-    memories.take("8")
+    assert memories.end_round(1, ["0", "1", "2"]) == []
     memories.put("8", remember(8))
     memories.put("7", remember(7))  # uploads come in any order: what counts is that of the cohort
     assert len(memories) == 5  # nobody of this round loses anything before the round is over
     with pytest.warns(UserWarning, match="need more than their quota_bytes=.* first '1' in round 2"):
-        assert memories.end_round(2) == ["1", "2"]
+        # 0 was sampled again, whether it comes back or not
+        assert memories.end_round(2, ["0", "7", "8"]) == ["1", "2"]
     assert list(memories) == ["0", "7", "8"]
     memories.put("9", remember(9))
-    assert memories.end_round(3) == ["0"]  # told once
-    assert memories.take("1") == {}
+    assert memories.end_round(3, ["9"]) == ["0"]  # told once
+    assert "1" not in memories
 
 
 def test_an_evicted_memory_is_in_the_record_and_in_the_summary(tmp_path, capsys):
@@ -339,7 +335,7 @@ def test_a_damaged_file_is_one_sentence(tmp_path):
     with pytest.raises(
         ValueError, match="expected the memory of client 'a' as it was written, got a damaged file: .*" + name
     ):
-        memories.take("a")
+        memories["a"]
     (tmp_path / name).write_bytes(content[:100])
     again = spilled(tmp_path)
     with pytest.raises(ValueError, match=f"expected {len(content)} bytes of memory for client 'a', found 100 bytes at"):
@@ -348,7 +344,7 @@ def test_a_damaged_file_is_one_sentence(tmp_path):
     with pytest.raises(ValueError, match="expected .* bytes of memory for client 'a', found no file at"):
         again.load_state_dict(state)
     with pytest.raises(ValueError, match="expected the memory of client 'a' at .*, got: No such file"):
-        memories.take("a")
+        memories["a"]
 
 
 def test_other_objects_are_one_sentence(tmp_path):
@@ -357,7 +353,7 @@ def test_other_objects_are_one_sentence(tmp_path):
     with pytest.raises(
         ValueError, match="expected tensors and primitives in the memory of client 'a', got other objects"
     ):
-        memories.take("a")
+        memories["a"]
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
