@@ -50,6 +50,7 @@ from lightning_fedsparse.loop_arguments import require_model_and_data, require_p
 from lightning_fedsparse.meeting import joined_ranks
 from lightning_fedsparse.memories import ClientMemories, HeldMemories
 from lightning_fedsparse.rank_rules import require_ranks_can_share, start_alike, with_own_device
+from lightning_fedsparse.ranks import Alone, Ranks
 from lightning_fedsparse.receiving import Receiver
 from lightning_fedsparse.recording import Recorder
 from lightning_fedsparse.records import RoundRecord
@@ -174,6 +175,7 @@ class FederatedLoop:
         self.recipe: str | None = None
         self.server_optimizer = server_optimizer
         self.rank_timeout = rank_timeout
+        self._ranks: Ranks = Alone()
 
     def fit(
         self,
