@@ -99,7 +99,8 @@ def join_planes(noise: Bytes, top: Bytes, dtype: torch.dtype) -> Tensor:
 
 def check_values(values: Tensor, what: str, *, infinities: bool) -> None:
     """Refuse NaNs, and infinities unless they may be."""
-    if values.dtype in _EXPONENTS:
+    # a sum that is finite has finite terms, and takes a tenth of the time
+    if values.dtype in _EXPONENTS and not values.sum().isfinite():
         words = values.view(_CARRIERS[values.element_size()]).numpy()
         exponent = words.dtype.type(_EXPONENTS[values.dtype])
         magnitude = words & words.dtype.type(np.iinfo(words.dtype).max)
