@@ -2,6 +2,7 @@
 
     python docs/benchmarks/speed.py run                     # every table but those of peers
     python docs/benchmarks/speed.py run cifar10 --rounds 9  # some of them, of more rounds
+    python docs/benchmarks/speed.py run gpu                 # CIFAR-10 on a GPU
     python docs/benchmarks/speed.py run pfl flower          # peers, installed into environments of their own, runs/peers
     python docs/benchmarks/speed.py report                  # the tables of speed.md, from the rows
     python docs/benchmarks/speed.py short                   # make bench: the main tables, 3 rounds, nothing is kept
@@ -38,6 +39,7 @@ from speed_runs import (
     TWO,
     TWO_SENT,
     beside_peer,
+    on_gpu,
     precision,
     pruning,
     scaling,
@@ -94,6 +96,7 @@ TABLES = {
     "alexnet_32": compared(partial(pruning, ALEXNET[32], "count"), _COPIES(2.0)),
     "alexnet_128": compared(partial(pruning, ALEXNET[128], "count"), _COPIES(2.0)),
     "precision": compared(precision),
+    "gpu": compared(on_gpu, _ONE),
     "profile": Table(speed_profile.measure, speed_profile.lines),
     "pfl": compared(
         partial(beside_peer, PFL, "speed_pfl", ()), Aim("one worker / pfl-research", ratio(ONE, PFL), 1.10)
@@ -101,7 +104,7 @@ TABLES = {
     "flower": compared(partial(beside_peer, FLOWER, "speed_flower", ()), *_FLOWER),
     "flower_quiet": compared(partial(beside_peer, FLOWER, "speed_flower", ("quiet",)), *_FLOWER),
 }
-PEERS = ("pfl", "flower", "flower_quiet")
+NAMED = ("pfl", "flower", "flower_quiet", "gpu")  # run where they are named: peers, and what needs a GPU
 SHORT = ("overhead", "cifar10", "fashion")
 
 
@@ -141,7 +144,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run")
-    running.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)}; all but peers if none")
+    running.add_argument(
+        "tables", nargs="*", metavar="TABLE", help=f"of {', '.join(TABLES)}; all but peers and gpu if none"
+    )
     running.add_argument("--rounds", type=int, default=ROUNDS, help="that count; default: %(default)s")
     commands.add_parser("report")
     commands.add_parser("short")
@@ -153,7 +158,7 @@ def main() -> None:
     else:
         if unknown := set(arguments.tables) - TABLES.keys():
             parser.error(f"expected some of {', '.join(TABLES)}, got {min(unknown)!r}")
-        run(arguments.tables or [name for name in TABLES if name not in PEERS], arguments.rounds, keep=True)
+        run(arguments.tables or [name for name in TABLES if name not in NAMED], arguments.rounds, keep=True)
 
 
 if __name__ == "__main__":

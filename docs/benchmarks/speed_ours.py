@@ -76,7 +76,8 @@ class Ours:
     ) -> Ours:
         """A federation of a workload."""
         model = work.model(channels_last=channels_last)
-        return cls(model, data, work.cohort, rounds, callbacks, {"max_epochs": work.epochs, **trainer}, executor, wire)
+        arguments = {"max_epochs": work.epochs, "accelerator": "cpu", **trainer}
+        return cls(model, data, work.cohort, rounds, callbacks, arguments, executor, wire)
 
     def round(self, index: int) -> float:
         """Run a round, the next one; its seconds by the record."""

@@ -33,10 +33,12 @@ def train_clients(
 ) -> None:
     """Train clients one after the other from the same weights, and add what becomes of them to ``total``."""
     parameters = list(network.parameters())
+    device = parameters[0].device
     with torch.no_grad():
         for batches in clients:
             torch._foreach_copy_(parameters, weights)
             for images, classes in batches:
+                images, classes = images.to(device), classes.to(device)
                 with torch.enable_grad():
                     loss = F.cross_entropy(network(images), classes)
                 gradients = torch.autograd.grad(loss, parameters)
@@ -53,10 +55,10 @@ class Hand:
         weights: The global model.
     """
 
-    def __init__(self, work: Work, cohorts: Cohorts) -> None:
+    def __init__(self, work: Work, cohorts: Cohorts, device: str = "cpu") -> None:
         self._work = work
         self._cohorts = cohorts
-        self._network = work.new_network()
+        self._network = work.new_network().to(device)
         self.weights = [parameter.detach().clone() for parameter in self._network.parameters()]
         self._total = [torch.zeros_like(weight) for weight in self.weights]
 
@@ -68,6 +70,7 @@ class Hand:
         train_clients(self._network, self.weights, self._total, clients, rate=self._work.rate, decay=self._work.decay)
         torch._foreach_div_(self._total, len(clients))
         torch._foreach_copy_(self.weights, self._total)
+        float(self.weights[0].sum())  # a GPU has then done all of it
         return time.perf_counter() - started
 
 

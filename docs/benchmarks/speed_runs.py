@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 
+import torch
 from speed_ours import Ours, SentAs, two_workers
 from speed_peers import Peer
 from speed_rivals import DeepCopies, Hand, HandInProcesses
@@ -32,6 +33,7 @@ __all__ = [
     "TWO",
     "TWO_SENT",
     "beside_peer",
+    "on_gpu",
     "precision",
     "pruning",
     "scaling",
@@ -107,6 +109,18 @@ def precision(rounds: int) -> Measured:
     kept = all(variants[name].is_channels_last() for name in (CHANNELS_LAST, BOTH))
     layout = "The weights are still channels last after the run." if kept else "The layout did not survive the run."
     return Measured(seconds, [f"Training on {CIFAR10.images}.", layout])
+
+
+def on_gpu(rounds: int) -> Measured:
+    """One worker that trains on a GPU, and the hand-written loop there."""
+    if not torch.cuda.is_available():
+        raise SystemExit("expected a GPU for the table gpu, found none")
+    data, total = CIFAR10.data(), WARM_UP + rounds
+    of = partial(Ours.of, CIFAR10, data, total, accelerator="gpu")
+    variants = {HAND: Hand(CIFAR10, Cohorts(CIFAR10, data), "cuda"), ONE: of(wire="count"), ONE_SENT: of()}
+    return Measured(
+        interleaved(variants, rounds), [f"Training on {CIFAR10.images}, on {torch.cuda.get_device_name()}."]
+    )
 
 
 def beside_peer(name: str, module: str, options: Sequence[str], rounds: int) -> Measured:
