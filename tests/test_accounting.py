@@ -58,7 +58,7 @@ def test_payloads_come_near_the_bound():
 
 
 def test_traffic_adds_up_and_refused_payloads_are_headers():
-    refused = Traffic.of_refused(b"12345", dense=100)
+    refused = Traffic.of_refused(5, dense=100)
     assert refused == Traffic(total=5, header=5, dense=100)
     both = Traffic.sum([refused, Traffic(total=7, positions=1, values=2, header=4, dense=100, bound=6)])
     assert both == Traffic(total=12, positions=1, values=2, header=9, dense=200, bound=6)
