@@ -65,8 +65,9 @@ class Aggregator(ABC):
 
         Raises:
             ValueError: If updates of different processes do not fit each other.
+            NotImplementedError: By an aggregator of one process; ``FederatedLoop`` refuses it before several start.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} adds up the updates of one process only")
 
     @abstractmethod
     def result(self) -> dict[str, Tensor]:

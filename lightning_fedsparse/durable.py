@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-__all__ = ["append_line", "replace_file", "shorten", "writing"]
+__all__ = ["append_line", "replace_file", "shorten", "sync_folder", "writing"]
 
 TEMPORARY = ".tmp"
 """What the name of a file ends in that is still being written; one that was left behind does no harm."""
@@ -34,7 +34,7 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         except BaseException:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)  # a full disk has better uses
@@ -61,7 +61,7 @@ def append_line(path: Path, line: str) -> None:
                 raise
             os.fsync(file.fileno())
         if new:
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
 
 
 def shorten(path: Path, size: int) -> None:
@@ -88,7 +88,7 @@ def writing(path: Path) -> Iterator[None]:
         raise OSError(f"expected to write {path}, got: {error.strerror or error}") from error
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Flush to the disk which names a folder holds."""
     if sys.platform == "win32":  # where folders can't be opened, and renaming is durable by itself
         return

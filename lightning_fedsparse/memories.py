@@ -39,8 +39,12 @@ class ClientMemories(Mapping[str, Memory]):
         return None
 
     def refer(self, client_id: str, reference: Any) -> None:
-        """Take it that a rank has :meth:`put` a client's memory where ``reference`` says."""
-        raise NotImplementedError
+        """Take it that a rank has :meth:`put` a client's memory where ``reference`` says.
+
+        Raises:
+            NotImplementedError: Where memories are in processes, for which :meth:`reference` gives None.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has memories of one process only")
 
     def end_round(self, done: int, sampled: Iterable[str]) -> list[str]:
         """``done`` rounds are over: give up what there is no room for.

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from lightning_fedsparse.durable import sync_folder
 from lightning_fedsparse.memories import ClientMemories, Memory
 
 __all__ = ["SpilledMemories"]
@@ -267,9 +268,4 @@ def _sync(folder: Path, files: Iterable[Path]) -> None:
     for path in files:
         with path.open("r+b") as file:
             os.fsync(file.fileno())
-    if os.name == "posix":  # elsewhere a folder can't be opened
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    sync_folder(folder)
