@@ -40,7 +40,13 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
-from lightning_fedsparse.activations import PrunedActivation, ReluSigns, SavedActivation, activation_threshold
+from lightning_fedsparse.activations import (
+    PrunedActivation,
+    ReluSigns,
+    SavedActivation,
+    activation_threshold,
+    nonzero_share,
+)
 from lightning_fedsparse.callbacks.base import SparsityCallback
 from lightning_fedsparse.prunable import PRUNABLE_LAYERS, prunable_parameters
 
@@ -218,7 +224,7 @@ class ActivationPruning(SparsityCallback):
     def _density(self, name: str, weight: Tensor) -> float:
         """Share of non-zeros in the effective weight, counted once per optimizer step."""
         if name not in self._densities:
-            self._densities[name] = max(int(weight.count_nonzero()) / weight.numel(), self.density_floor)
+            self._densities[name] = max(nonzero_share(weight), self.density_floor)
         return self._densities[name]
 
     def _threshold(self, name: str, x: Tensor, density: float) -> float:

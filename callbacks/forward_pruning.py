@@ -31,7 +31,7 @@ from lightning_fedsparse.activations import activation_threshold
 from lightning_fedsparse.callbacks.base import EffectiveWeightCallback
 from lightning_fedsparse.effective import EffectiveWeights
 from lightning_fedsparse.prunable import prunable_parameters
-from lightning_fedsparse.transforms import Transform, Weights
+from lightning_fedsparse.transforms import Transform, Weights, reaching
 
 __all__ = ["ForwardPruning"]
 
@@ -56,10 +56,7 @@ class _LargestPerLayer(Transform):
     def apply(self, weights: Weights, out: Weights) -> None:
         """Zero the weights below their layer's threshold."""
         for name, weight in weights.items():
-            below = weight.abs() < self._threshold(name, weight) if self.active else None
-            out[name].copy_(weight)
-            if below is not None:
-                out[name].masked_fill_(below, 0)
+            out[name].copy_(reaching(weight, self._threshold(name, weight)) if self.active else weight)
 
     def chain_(self, gradients: Weights, stored: Weights, effective: Weights) -> None:
         """The dense gradient is for the dense weights."""

@@ -24,7 +24,7 @@ from typing_extensions import override
 
 from lightning_fedsparse.ranking import kth_largest
 
-__all__ = ["PrunedActivation", "ReluSigns", "SavedActivation", "activation_threshold"]
+__all__ = ["PrunedActivation", "ReluSigns", "SavedActivation", "activation_threshold", "nonzero_share"]
 
 # prime, so that a sample meets all channels and columns; with ten thousand entries it misses the margin once in a long while
 _STRIDE = 199
@@ -56,6 +56,12 @@ def activation_threshold(activation: Tensor, density: float) -> float:
         if candidates.numel() >= kept:
             magnitudes = candidates
     return _kth_largest(magnitudes, kept)
+
+
+@torch.no_grad()
+def nonzero_share(weight: Tensor) -> float:
+    """Share of a weight's entries that are not 0, in [0, 1]."""
+    return int(_compare(operator.ne, weight.detach().reshape(-1), 0).count_nonzero()) / weight.numel()
 
 
 class SavedActivation(ABC):

@@ -51,7 +51,9 @@ def power(
     for name, weight in weights.items():
         slopes[name] = slope = torch.abs(weight, out=slopes.get(name))
         if exponents[name] == 1.25:
-            slope.sqrt_().sqrt_()  # a third of the time of a power, for the exponent that nearly everybody takes
+            # for the exponent that nearly everybody takes: a third of the time of a power, and a fifteenth of that of two
+            # square roots, which are slow at zeros; 0 stays 0 by way of infinity
+            slope.rsqrt_().rsqrt_()
         else:
             slope.pow_(exponents[name] - 1)
         torch.mul(weight, slope, out=out[name])

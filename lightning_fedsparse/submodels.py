@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_fedsparse.masks import importance_masks, importance_threshold, top_masks
 from lightning_fedsparse.ranking import kth_largest, magnitudes_of
-from lightning_fedsparse.transforms import Transform, Weights
+from lightning_fedsparse.transforms import Transform, Weights, factor_like, reaching
 
 __all__ = [
     "ImportanceTransform",
@@ -27,22 +27,26 @@ __all__ = [
 
 
 @torch.no_grad()
-def importance_factor(weight: Tensor, threshold: float) -> Tensor:
-    """``1 + 2 |w| theta / (|w| + theta)^2``: what the gradient at a kept weight is multiplied by, in [1, 1.5].
+def importance_factor(weight: Tensor, threshold: float, *, out: Tensor | None = None) -> Tensor:
+    """What a gradient is multiplied by: ``1 + 2 |w| theta / (|w| + theta)^2`` from theta on, in [1, 1.5], and 0 below.
 
     Args:
         weight: Stored weights, any shape.
-        threshold: theta, at least 0; where it and the weight are 0 the factor is 1.
+        threshold: theta, at least 0; at 0 the factor is 1.
+        out: Where to, of the shape and dtype of the weights; new memory by default.
 
     Example:
-        >>> importance_factor(torch.tensor([0.5, 1.0, -2.0]), 0.5)
-        tensor([1.5000, 1.4444, 1.3200])
+        >>> importance_factor(torch.tensor([0.5, 1.0, -2.0, 0.25]), 0.5)
+        tensor([1.5000, 1.4444, 1.3200, 0.0000])
     """
     if threshold == 0:
-        return torch.ones_like(weight)
-    # as a share of (0, 1), whose square can't underflow where |w| is tiny
-    share = weight.abs() / (weight.abs() + threshold)
-    return share.mul_(1 - share).mul_(2).add_(1)
+        return torch.ones_like(weight) if out is None else out.fill_(1)
+    # |w| / (|w| + theta): a share in [0.5, 1], whose square can't underflow where |w| is tiny, and 0 where cut
+    share = reaching(weight, threshold).abs_()
+    factor = torch.add(share, threshold, out=out)
+    share.div_(factor)
+    torch.ceil(share, out=factor)
+    return factor.add_(share.addcmul_(share, share, value=-1), alpha=2)
 
 
 def extraction_groups(
@@ -120,48 +124,37 @@ class SubmodelTransform(Transform):
 
     def set_masks(self, masks: Mapping[str, Tensor | None]) -> None:
         """Replace the masks of the same names; to be called inside ``EffectiveWeights.stored``."""
-        self._masks = dict(masks)
+        self._factors = {name: mask for name, mask in masks.items() if mask is not None}
 
     def apply(self, weights: Weights, out: Weights) -> None:
-        """Zero the weights that are cut."""
+        """Zero the weights that are not held."""
         for name, weight in weights.items():
-            cut = self.cut(name, weight)
-            out[name].copy_(weight)
-            if cut is not None:
-                out[name].masked_fill_(cut, 0)
+            if name in self._factors:
+                torch.mul(weight, factor_like(self._factors, name, weight), out=out[name])
+            else:
+                out[name].copy_(weight)
 
     def chain_(self, gradients: Weights, stored: Weights, effective: Weights) -> None:
         """Zero the gradients there."""
         for name, gradient in gradients.items():
-            if (cut := self.cut(name, stored[name])) is not None:
-                gradient.masked_fill_(cut, 0)
+            if name in self._factors:
+                gradient.mul_(factor_like(self._factors, name, gradient))
 
     def after_step_(self, weights: Weights, before: Weights) -> None:
         """Put weights that are not held back where they were: momentum and weight decay have moved them."""
         for name, weight in weights.items():
-            mask = self._mask(name, weight)
-            if mask is not None:
-                weight.copy_(torch.where(mask, weight, before[name]))
-
-    def cut(self, name: str, stored: Tensor) -> Tensor | None:
-        """Which weights of this parameter are zero in forward; None if none is."""
-        mask = self._mask(name, stored)
-        return None if mask is None else ~mask
-
-    def _mask(self, name: str, like: Tensor) -> Tensor | None:
-        mask = self._masks[name]
-        if mask is not None and mask.device != like.device:
-            mask = self._masks[name] = mask.to(like.device)
-        return mask
+            if name in self._factors:
+                held = factor_like(self._factors, name, weight)
+                weight.mul_(held).add_(torch.addcmul(before[name], before[name], held, value=-1))
 
 
 class ImportanceTransform(SubmodelTransform):
-    """Keep the weights of a fixed mask that are above their threshold now.
+    """Keep the weights of a fixed mask that reach their threshold now.
 
     Args:
         masks: Bool tensors (True = held) by parameter name, None where everything is held.
         thresholds: theta of every parameter, fixed until :meth:`set`.
-        corrects: Whether gradients get :func:`importance_factor`.
+        corrects: Whether gradients get :func:`importance_factor`; otherwise those of kept weights stay as they are.
     """
 
     def __init__(
@@ -170,27 +163,32 @@ class ImportanceTransform(SubmodelTransform):
         super().__init__({name: masks[name] for name in thresholds})
         self.set(masks, thresholds)
         self._corrects = corrects
+        self._scratch: dict[str, Tensor] = {}  # memory that is kept from step to step
 
     def set(self, masks: Mapping[str, Tensor | None], thresholds: Mapping[str, float]) -> None:
         """Replace masks and thresholds of the same names; to be called inside ``EffectiveWeights.stored``."""
         self.set_masks(masks)
         self._thresholds = dict(thresholds)
 
+    def apply(self, weights: Weights, out: Weights) -> None:
+        """Zero the weights that are not held, and those below their threshold."""
+        for name, weight in weights.items():
+            out[name].copy_(reaching(weight, self._thresholds[name]))
+        super().apply(out, out)
+
     def chain_(self, gradients: Weights, stored: Weights, effective: Weights) -> None:
         """Multiply the gradients by the factor, and zero those of weights that are cut."""
-        if self._corrects:
-            for name, gradient in gradients.items():
-                if self._thresholds[name] > 0:
-                    gradient.mul_(importance_factor(stored[name], self._thresholds[name]))
+        for name, gradient in gradients.items():
+            threshold = self._thresholds[name]
+            if threshold == 0:
+                continue  # nothing is below, and the factor is 1
+            if self._corrects:
+                factor = importance_factor(stored[name], threshold, out=self._scratch.get(name))
+                self._scratch[name] = factor
+            else:
+                factor = reaching(stored[name], threshold).sign_().abs_()
+            gradient.mul_(factor)
         super().chain_(gradients, stored, effective)
-
-    def cut(self, name: str, stored: Tensor) -> Tensor | None:
-        """See :meth:`SubmodelTransform.cut`: those that are not held, and those below the threshold."""
-        unheld, threshold = super().cut(name, stored), self._thresholds[name]
-        if threshold == 0:
-            return unheld  # no magnitude is below
-        below = stored.abs() < threshold
-        return below if unheld is None else below.logical_or_(unheld)
 
 
 def _floored_thresholds(members: Mapping[str, Tensor], capacity: float, floor: float) -> dict[str, float]:

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["MaskTransform", "Transform", "Weights"]
+__all__ = ["MaskTransform", "Transform", "Weights", "factor_like", "reaching"]
 
 Weights = Mapping[str, Tensor]
 
@@ -79,18 +80,39 @@ class MaskTransform(Transform):
 
     def apply(self, weights: Weights, out: Weights) -> None:
         """Multiply weights by their masks."""
-        for (name, weight), factor in zip(weights.items(), self._like(weights), strict=True):
-            torch.mul(weight, factor, out=out[name])
+        for name, weight in weights.items():
+            torch.mul(weight, factor_like(self._factors, name, weight), out=out[name])
 
     def chain_(self, gradients: Weights, stored: Weights, effective: Weights) -> None:
         """Multiply gradients by the masks, unless straight through."""
         if gradients and not self.straight_through:
-            torch._foreach_mul_(list(gradients.values()), self._like(gradients))
+            factors = [factor_like(self._factors, name, gradient) for name, gradient in gradients.items()]
+            torch._foreach_mul_(list(gradients.values()), factors)
 
-    def _like(self, tensors: Weights) -> list[Tensor]:
-        # a float factor of the tensor's own dtype multiplies several times faster than a bool mask does
-        for name, tensor in tensors.items():
-            factor = self._factors[name]
-            if factor.dtype != tensor.dtype or factor.device != tensor.device:
-                self._factors[name] = factor.to(tensor)
-        return [self._factors[name] for name in tensors]
+
+def factor_like(masks: dict[str, Tensor], name: str, tensor: Tensor) -> Tensor:
+    """The mask of this name as a factor for ``tensor``, of its dtype and device; it takes the mask's place in ``masks``.
+
+    A bool mask multiplies, and fills, several times slower than a factor of the tensor's own dtype.
+    """
+    factor = masks[name]
+    if factor.dtype != tensor.dtype or factor.device != tensor.device:
+        factor = masks[name] = factor.to(tensor)
+    return factor
+
+
+@torch.no_grad()
+def reaching(weight: Tensor, threshold: float) -> Tensor:
+    """A copy of weights with zeros in place of those whose magnitude is below a threshold.
+
+    Args:
+        weight: Floating-point tensor of any shape.
+        threshold: At least 0; 0 keeps everything.
+
+    Example:
+        >>> reaching(torch.tensor([0.5, -1.0, 0.25]), 0.5)
+        tensor([ 0.5000, -1.0000,  0.0000])
+    """
+    # a comparison and a fill take ten times as long; what stays must be strictly above the bound, hence the float below
+    bound = torch.tensor(threshold, dtype=weight.dtype)
+    return F.hardshrink(weight, bound.nextafter(torch.zeros_like(bound)).item())

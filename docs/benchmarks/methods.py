@@ -7,7 +7,7 @@
 
 A cell is one federation, 10 clients per round and batches of 20: of 120 rounds of 10 local steps for the CNN, of 60 rounds of
 50 for LeNet-5, which needs more steps and for which they are cheap. SGD without momentum, weight decay 5e-4, a learning rate
-that falls to a tenth over the rounds. Where it starts is each method's own: the best of three on images held out of the
+that falls to a tenth over the rounds. Where it starts is each method's own: the best of four on images held out of the
 training set, in runs of 20 rounds under another seed (the cells named ``lr``). Interrupted cells go on where
 they stopped, from ``runs/methods/``; a complete one leaves its rows in ``methods/CELL.jsonl``, without the bytes of single
 clients. FEDSPARSE_DATA names the folder that holds the data sets.
@@ -53,7 +53,7 @@ SEARCH_ROUNDS, SEARCH_SEED = 20, 100
 COHORT, BATCH = 10, 20
 EVALUATIONS = 12
 LAST = 4  # evaluations that make an accuracy: over the last quarter of the rounds
-RATES = (0.05, 0.15, 0.5)
+RATES = (0.05, 0.15, 0.5, 1.5)
 SPARSITY = 0.95
 CAPACITIES = (1.0, 1 / 4, 1 / 16, 1 / 64)
 SEEDS = (0, 1, 2)
