@@ -21,7 +21,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,39 +29,32 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
 from lightning_fedsparse.aggregation import Aggregator, MaskedMean, WeightedMean
-from lightning_fedsparse.broadcasting import Broadcaster
-from lightning_fedsparse.callbacks.base import CallbackList, SparsityCallback
+from lightning_fedsparse.callbacks.base import CallbackList
 from lightning_fedsparse.capacities import require_capacity
 from lightning_fedsparse.checkpointing import Checkpointing
 from lightning_fedsparse.checks import require_at_least_one
-from lightning_fedsparse.client import ClientJob, ClientWorker
+from lightning_fedsparse.client import ClientJob
 from lightning_fedsparse.console import Console
 from lightning_fedsparse.counting_wire import CountingWire
 from lightning_fedsparse.data import FederatedDataModule
-from lightning_fedsparse.evaluation import Evaluation, Evaluator, evaluate
+from lightning_fedsparse.evaluation import Evaluation, evaluate
 from lightning_fedsparse.executors.local import Executor, LocalExecutor
 from lightning_fedsparse.faults import FaultPolicy
-from lightning_fedsparse.federation import Federation
-from lightning_fedsparse.global_model import GlobalModel
 from lightning_fedsparse.intake import Intake, UploadReader
 from lightning_fedsparse.launching import environment_size
-from lightning_fedsparse.loop_arguments import require_model_and_data, require_parts, trainer_arguments
+from lightning_fedsparse.loop_arguments import require_parts, trainer_arguments
 from lightning_fedsparse.meeting import joined_ranks
 from lightning_fedsparse.memories import ClientMemories, HeldMemories
-from lightning_fedsparse.rank_rules import require_ranks_can_share, start_alike, with_own_device
-from lightning_fedsparse.ranks import Alone, Ranks
+from lightning_fedsparse.rank_rules import require_ranks_can_share, with_own_device
 from lightning_fedsparse.receiving import Receiver
-from lightning_fedsparse.recording import Recorder
 from lightning_fedsparse.records import RoundRecord
-from lightning_fedsparse.resuming import recipe_of
 from lightning_fedsparse.rounds import ServerRound, UploadRule
+from lightning_fedsparse.run import Run
 from lightning_fedsparse.run_folder import RunFolder
 from lightning_fedsparse.sampling import sample_cohort
-from lightning_fedsparse.schedules import Progress
 from lightning_fedsparse.screening import Screen
 from lightning_fedsparse.seeding import derive_seed
-from lightning_fedsparse.server import OptimizerFactory, ServerOptimizer, ServerState
-from lightning_fedsparse.sharding import Shards
+from lightning_fedsparse.server import OptimizerFactory, ServerState
 from lightning_fedsparse.tally import RoundTally
 from lightning_fedsparse.threads import torch_threads
 from lightning_fedsparse.update import SparseUpdate
@@ -175,7 +167,6 @@ class FederatedLoop:
         self.recipe: str | None = None
         self.server_optimizer = server_optimizer
         self.rank_timeout = rank_timeout
-        self._ranks: Ranks = Alone()
 
     def fit(
         self,
@@ -205,39 +196,43 @@ class FederatedLoop:
             RankLostError: If another rank ended, or was not heard of in time.
         """
         require_ranks_can_share(self, environment_size())
-        with joined_ranks(self.rank_timeout) as self._ranks:
-            self._start(model, data)
-            with self._recorder.locked(), torch_threads(self.threads):
-                self._run(self._restore(ckpt_path))
-        self._recorder.console.summary(self.history)
+        with joined_ranks(self.rank_timeout) as ranks:
+            self.history = []
+            self._run = run = Run(self, model, data, ranks)
+            with run.recorder.locked(), torch_threads(self.threads):
+                self.history = run.restore(ckpt_path)
+                self._rounds()
+        run.recorder.console.summary(self.history)
         return self.history
 
-    def _run(self, done: int) -> None:
+    def _rounds(self) -> None:
+        run = self._run
+        done = self.history[-1].round if self.history else 0
         try:
-            self._recorder.console.start(self.history)
+            run.recorder.console.start(self.history)
             if not self.history:
                 self._record(done, RoundTally(), {}, time.perf_counter())
             for index in range(done, self.rounds):
                 self._round(index)
         except (KeyboardInterrupt, SystemExit) as stop:
             # Lightning turns Ctrl-C inside a fit into SystemExit; the last whole round is what counts
-            self._recorder.console.interrupted(self.folder.saved)
+            run.recorder.console.interrupted(self.folder.saved)
             raise KeyboardInterrupt from stop
         finally:
             self.executor.stop()
-            self._recorder.console.stop()
-            self._worker.release()
-            self._global.load()
+            run.recorder.console.stop()
+            run.worker.release()
+            run.model.load()
 
     @property
     def state(self) -> ServerState:
         """The server's state, once ``fit`` has begun."""
-        return self._federation.state
+        return self._run.federation.state
 
     def load_submodel(self, model: pl.LightningModule, capacity: float) -> None:
         """After ``fit``: write the global model's submodel of a capacity into a module, as a client of it uses it."""
         require_capacity(capacity, "of the submodel")
-        self._global.load_into(model, capacity)
+        self._run.model.load_into(model, capacity)
 
     def validate(self, model: pl.LightningModule, data: pl.LightningDataModule) -> dict[str, float]:
         """Evaluate a module on the data module's global validation loaders."""
@@ -251,10 +246,11 @@ class FederatedLoop:
 
     def _round(self, index: int) -> None:
         started = time.perf_counter()
-        self._ranks.moment = f"round {index + 1}"
+        run = self._run
+        run.ranks.moment = f"round {index + 1}"
         tally = RoundTally(accept=self.faults.accept)
         server_round = ServerRound(index, self.rounds, derive_seed(self.seed, "server", index))
-        self._data.start_round(server_round.progress)
+        run.data.start_round(server_round.progress)
         rule = self._upload_rule(server_round)
         updates = self._collect(server_round, rule, tally)
         mean = self._aggregate(updates, rule, index + 1, tally)
@@ -264,21 +260,20 @@ class FederatedLoop:
         self._record(index + 1, tally, server_round.metrics, started)
 
     def _upload_rule(self, server_round: ServerRound) -> UploadRule:
-        rules = [method.upload_rule(self._federation.state, server_round) for method in self._methods]
+        rules = [method.upload_rule(self._run.federation.state, server_round) for method in self._run.methods]
         return next((rule for rule in rules if rule is not None), UploadRule())
 
     def _collect(self, server_round: ServerRound, rule: UploadRule, tally: RoundTally) -> Iterator[SparseUpdate]:
         """Steps 1 to 5: ask clients, and others if too few return; give the updates that count, in the order asked."""
-        reader = UploadReader(self._federation.state, self.wire, rule)
-        intake = Intake(self.faults, self.clients_per_round, reader, self.screen, self._ranks)
-        show = self._recorder.console.failure
-        receiver = Receiver(
-            self._federation, self._methods, intake, server_round, tally, show, self._ranks, self._shards
-        )
+        run = self._run
+        reader = UploadReader(run.federation.state, self.wire, rule)
+        intake = Intake(self.faults, self.clients_per_round, reader, self.screen, run.ranks)
+        show = run.recorder.console.failure
+        receiver = Receiver(run.federation, run.methods, intake, server_round, tally, show, run.ranks, run.shards)
         asked: list[str] = []
         while not intake.enough and tally.tries < self.faults.tries:
             cohort = sample_cohort(
-                self._data.client_ids,
+                run.data.client_ids,
                 (intake.missing, self.faults.oversample),
                 seed=self.seed,
                 round_index=server_round.index,
@@ -289,25 +284,26 @@ class FederatedLoop:
                 break
             asked += cohort
             tally.tries += 1
-            mine = self._shards.mine([self._data.client(client_id) for client_id in cohort])
+            mine = run.shards.mine([run.data.client(client_id) for client_id in cohort])
             jobs = self._broadcast(server_round.index, cohort, mine, asked, tally)
-            yield from receiver.receive(self.executor.run(self._worker, jobs), filter(mine.__contains__, cohort))
+            yield from receiver.receive(self.executor.run(run.worker, jobs), filter(mine.__contains__, cohort))
         receiver.close()
 
     def _broadcast(
         self, index: int, cohort: Sequence[str], mine: Collection[str], asked: Collection[str], tally: RoundTally
     ) -> Iterator[ClientJob]:
         """What every client of the cohort is sent; jobs for those that are trained here."""
-        broadcaster = self._federation.broadcaster
-        clients = {client_id: self._data.client(client_id) for client_id in asked}
+        run = self._run
+        broadcaster = run.federation.broadcaster
+        clients = {client_id: run.data.client(client_id) for client_id in asked}
         seed = derive_seed(self.seed, "broadcast", index)
-        broadcaster.start(self._federation.state, list(clients.values()), self._methods, seed)
+        broadcaster.start(run.federation.state, list(clients.values()), run.methods, seed)
         for client_id in cohort:
             sent = broadcaster.send(clients[client_id])
             tally.down[client_id] = sent.traffic
             if client_id not in mine:
                 # its client may be another rank's today and this one's tomorrow
-                self._worker.hold([broadcaster.support(client_id)])
+                run.worker.hold([broadcaster.support(client_id)])
                 continue
             yield ClientJob(
                 client_id,
@@ -325,13 +321,14 @@ class FederatedLoop:
         self, updates: Iterable[SparseUpdate], rule: UploadRule, number: int, tally: RoundTally
     ) -> dict[str, Tensor] | None:
         """The mean of the updates; None if there are too few and the round is skipped."""
+        run = self._run
         aggregator = self.aggregator or (MaskedMean(rule.weighting) if rule.absent == "unheld" else WeightedMean())
-        aggregator.start(self._federation.state.tensors)
+        aggregator.start(run.federation.state.tensors)
         for update in updates:
             aggregator.add(update)
         if len(tally.merged) >= self.faults.min_clients:
-            if self._ranks.size > 1:
-                aggregator.reduce(self._ranks)
+            if run.ranks.size > 1:
+                aggregator.reduce(run.ranks)
             return aggregator.result()
         ever = any(record.clients_returned for record in self.history)
         if self.faults.when_fewer == "stop" or not (ever or tally.unused):
@@ -340,79 +337,31 @@ class FederatedLoop:
         return None
 
     def _server_step(self, mean: Mapping[str, Tensor], server_round: ServerRound, cohort: Sequence[str]) -> None:
-        for method in self._methods:
-            method.on_server_received(self._federation.state, server_round, self._ranks.total)
-        self._federation.optimizer.step(self._federation.state, mean)
-        for method in self._methods:
-            self._federation.state = method.on_server_round_end(self._federation.state, server_round)
-        self._global.end_round(cohort)
+        run = self._run
+        for method in run.methods:
+            method.on_server_received(run.federation.state, server_round, run.ranks.total)
+        run.federation.optimizer.step(run.federation.state, mean)
+        for method in run.methods:
+            run.federation.state = method.on_server_round_end(run.federation.state, server_round)
+        run.model.end_round(cohort)
 
     def _record(self, done: int, tally: RoundTally, metrics: Mapping[str, float], started: float) -> None:
+        run = self._run
         # else other builds of torch, or other kinds of processors, would drift apart unseen
-        self._ranks.require_same("the same weights and masks", self._federation.digest)
+        run.ranks.require_same("the same weights and masks", run.federation.digest)
         evaluated = {}
-        if self._ranks.rank == 0 and self._evaluator.is_due(done, self.rounds):
-            evaluated = self._evaluator.run(self._global.load_measured)
-        evaluated, seconds = self._ranks.share((evaluated, time.perf_counter() - started))[0]
+        if run.ranks.rank == 0 and run.evaluator.is_due(done, self.rounds):
+            evaluated = run.evaluator.run(run.model.load_measured)
+        evaluated, seconds = run.ranks.share((evaluated, time.perf_counter() - started))[0]
         record = tally.record(
             done,
             last=self.history[-1] if self.history else None,
-            sparsity=self._federation.state.prunable_sparsity,
+            sparsity=run.federation.state.prunable_sparsity,
             seconds=seconds,
             metrics={**metrics, **evaluated},
             wire=self.wire,
         )
         self.history.append(record)
-        self._recorder.keep(
-            self.history, self.rounds, lambda: {"recipe": self._recipe, **self._federation.state_dict()}
-        )
-        if done and (evaluated or not self._evaluator.is_due(self.rounds, self.rounds)):
+        run.recorder.keep(self.history, self.rounds, lambda: {"recipe": run.recipe, **run.federation.state_dict()})
+        if done and (evaluated or not run.evaluator.is_due(self.rounds, self.rounds)):
             self.folder.checkpointing.require_monitor(self.history)
-
-    # -- a run's beginning -----------------------------------------------------------------------------------------
-
-    def _start(self, model: pl.LightningModule, data: FederatedDataModule) -> None:
-        require_model_and_data(model, data)
-        model.configure_model()
-        start_alike(self._ranks, model, data)
-        data.start_round(Progress(0, self.rounds))
-        self.history = []
-        self._data = data
-        self._methods = [callback for callback in self.callbacks if isinstance(callback, SparsityCallback)]
-        state = replace(ServerState.of(model), capacities=data.capacities)
-        self._federation = Federation(
-            state, ServerOptimizer(self.server_optimizer), Broadcaster(self.wire), self._methods, self.memories
-        )
-        self._shards = Shards(self._ranks, self.memories)
-        self._recorder = Recorder(self.folder, self.loggers, self.console, self.memories, self._ranks, self._shards)
-        trainer = with_own_device(self.trainer)
-        measured = self.buffers == "recalibrate"
-        self._global = GlobalModel(
-            model, self._federation, data, trainer, measured=measured, seed=self.seed, ranks=self._ranks
-        )
-        # a cohort larger than the population is an error now, not after the first evaluation
-        self.faults.check_population(self.clients_per_round, len(data.client_ids))
-        self._evaluator = Evaluator(model, data, self.evaluation, trainer)
-        self.wire.check(self._methods, data.client_ids)
-        self._worker = ClientWorker(
-            model,
-            data,
-            self.callbacks,
-            trainer,
-            wire=self.wire,
-            local_buffers=self.buffers == "local",
-            fresh_trainer=self.fresh_trainer,
-        )
-        self._federation.start(model, self.seed)
-        self._recipe = recipe_of(self, data)
-        self._ranks.require_same("the same recipe and clients", lambda: (self._recipe, data.client_ids, self.rounds))
-
-    def _restore(self, ckpt_path: str | Path | None) -> int:
-        """Rounds done so far."""
-        self.history = self._recorder.restore(ckpt_path, self._federation, self._recipe, self.rounds)
-        done = self.history[-1].round if self.history else 0
-        self._worker.hold(self._federation.broadcaster.versions)
-        self._data.start_round(Progress(done, self.rounds))
-        if self.recipe is not None and done < self.rounds:
-            self._recorder.folder.keep_recipe(self.recipe)
-        return done

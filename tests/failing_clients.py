@@ -45,7 +45,7 @@ def assert_same(found, expected):
 
 
 def memories(loop):
-    return loop._federation.state_dict()["memories"]
+    return loop._run.federation.state_dict()["memories"]
 
 
 def reasons(loop):
@@ -72,7 +72,7 @@ class Watch(SparsityCallback):
 
 
 def snapshot(loop):
-    return copy.deepcopy(loop._federation.state_dict())
+    return copy.deepcopy(loop._run.federation.state_dict())
 
 
 def watched(plan, **options):

@@ -524,7 +524,7 @@ def test_more_versions_are_kept_for_more_levels() -> None:
     levels = [1.0, 0.5, 0.25, 0.125, 0.0625, 0.03]
     loop, _ = run(6, data=federated(levels))
     # of six levels four versions each, dense masks being one version
-    assert 6 < len(loop._federation.broadcaster.versions) <= 24
+    assert 6 < len(loop._run.federation.broadcaster.versions) <= 24
     assert not any(record.failures for record in loop.history)
 
 

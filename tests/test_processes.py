@@ -111,7 +111,7 @@ def test_two_workers_are_one_process_to_the_bit():
     found = run(executor, **memory)
     assert_same(found, run(None, **memory))
     assert executor._processes == []  # none outlives the run
-    memories = found[2]._federation.memories
+    memories = found[2]._run.federation.memories
     assert memories
     assert not any(
         value.is_shared()

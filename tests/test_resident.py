@@ -195,7 +195,7 @@ def test_after_a_fit_that_was_cut_off_there_is_a_new_one():
     assert isinstance(caught.value.__cause__, ValueError)
     if sys.version_info >= (3, 11):
         assert re.match(r"raised in the training of client 'c\d' in round 1", caught.value.__cause__.__notes__[0])
-    worker = loop._worker
+    worker = loop._run.worker
     assert worker._trainers._trainer is None
     Failing.fails = False
     assert loop.fit(model, loaders(clients()))[-1].clients_returned == 4

@@ -148,7 +148,7 @@ def test_averaged_local_and_recalibrated_statistics():
     assert averaged.norm.num_batches_tracked > 0
     loop, local = run(2, buffers="local")
     assert torch.equal(local.norm.running_mean, torch.zeros(16))
-    kept = loop._federation.memories[next(iter(loop._federation.memories))]["buffers"]
+    kept = loop._run.federation.memories[next(iter(loop._run.federation.memories))]["buffers"]
     assert kept["norm.num_batches_tracked"] >= 3
     loop, recalibrated = run(2, buffers="recalibrate")
     # cumulative statistics over the last cohort's data with the final weights, batch by batch

@@ -302,7 +302,7 @@ def test_the_rounding_error_stays_in_the_clients_memory_and_is_sent_later():
     loop, with_memory = drift(CompressionMemory())
     _, without = drift()
     # what a perfect wire would have moved, less what is still in the clients' memories
-    memories = {name: next(iter(memory.values())) for name, memory in loop._federation.memories.items()}
+    memories = {name: next(iter(memory.values())) for name, memory in loop._run.federation.memories.items()}
     sizes = {name: len(part) for name, part in clients().items()}
     kept = sum(sizes[name] * memory["residual"]["first.weight"] for name, memory in memories.items())
     kept = kept / sum(sizes.values())

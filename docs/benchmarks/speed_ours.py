@@ -13,6 +13,8 @@ from torch import Tensor
 from lightning_fedsparse import FederatedDataModule, FederatedLoop
 from lightning_fedsparse.evaluation import Evaluation
 from lightning_fedsparse.executors import Executor, ProcessExecutor
+from lightning_fedsparse.ranks import Alone
+from lightning_fedsparse.run import Run
 
 __all__ = ["Ours", "SentAs", "two_workers"]
 
@@ -58,8 +60,8 @@ class Ours:
             console=False,
         )
         # what fit() does before its first round
-        self.loop._start(model, data)
-        self.loop._restore(None)
+        self.loop._run = Run(self.loop, model, data, Alone())
+        self.loop.history = self.loop._run.restore(None)
 
     @classmethod
     def of(
