@@ -24,18 +24,21 @@ from lightning_fedsparse.callbacks import (
     ActivationPruning,
     DeviceMonitor,
     ErrorFeedback,
+    ImportanceMasking,
     IncrementalRegularization,
     MagnitudePruning,
     Powerpropagation,
 )
+from lightning_fedsparse.masks import largest_weights
 from lightning_fedsparse.models import AlexNet, ImageClassifier, LeNet5, ResNet18
+from lightning_fedsparse.prunable import prunable_parameters
 from lightning_fedsparse.quiet import QUIET_TRAINER, quiet_lightning
 from lightning_fedsparse.schedules import ConstantSchedule
 
 ROUNDS = 11
-NEVER_AGAIN = (
-    10**9
-)  # the masks are made before the clock starts and after it stops: steps are measured, not reconfigurations
+SPARSITY = 0.95
+# the masks are made before the clock starts and after it stops: steps are measured, not reconfigurations
+NEVER_AGAIN = 10**9
 
 
 class Batches:
@@ -54,7 +57,7 @@ class Batches:
 
 
 def masks() -> list[pl.Callback]:
-    return [MagnitudePruning(ConstantSchedule(0.95), every=NEVER_AGAIN, end=1.0, fold=False)]
+    return [MagnitudePruning(ConstantSchedule(SPARSITY), every=NEVER_AGAIN, end=1.0, fold=False)]
 
 
 VARIANTS: dict[str, Callable[[], list[pl.Callback]]] = {
@@ -64,7 +67,18 @@ VARIANTS: dict[str, Callable[[], list[pl.Callback]]] = {
     "and norm penalty": lambda: [*masks(), ErrorFeedback(), IncrementalRegularization(ConstantSchedule(1e-3))],
     "masks, pruned activations": lambda: [*masks(), ActivationPruning()],
     "powerpropagation": lambda: [Powerpropagation(1.25)],
+    "powerpropagation of sparse weights": lambda: [Cut(), Powerpropagation(1.25)],
+    "importance masking": lambda: [ImportanceMasking(1 - SPARSITY, refresh_every=NEVER_AGAIN, fold=False)],
 }
+
+
+class Cut(pl.Callback):
+    """Zeroes the smallest weights for good, before the first step."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        weights = {name: parameter.detach() for name, parameter in prunable_parameters(pl_module).items()}
+        for name, mask in largest_weights(weights, SPARSITY).items():
+            weights[name].mul_(mask)
 
 
 class Clock(pl.Callback):
