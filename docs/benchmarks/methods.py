@@ -2,21 +2,22 @@
 
     python docs/benchmarks/methods.py run                     # every cell that is not complete yet, in order of worth
     python docs/benchmarks/methods.py run --jobs 2            # the same on two cores
-    python docs/benchmarks/methods.py run mnist-cnn-topk-s0   # some of them
+    python docs/benchmarks/methods.py run mnist-cnn-topk      # some of them
     python docs/benchmarks/methods.py report                  # the tables of methods.md
 
 A cell is one federation, 10 clients per round and batches of 20: of 120 rounds of 10 local steps for the CNN, of 60 rounds of
 50 for LeNet-5, which needs more steps and for which they are cheap. SGD without momentum, weight decay 5e-4, a learning rate
 that falls to a tenth over the rounds. Where it starts is each method's own: the best of four on images held out of the
-training set, in runs of 20 rounds under another seed (the cells named ``lr``). Interrupted cells go on where
-they stopped, from ``runs/methods/``; a complete one leaves its rows in ``methods/CELL.jsonl``, without the bytes of single
-clients. FEDSPARSE_DATA names the folder that holds the data sets.
+training set, in runs of 20 rounds under another seed, 100. A run that ends at the training loss of chance is repeated once,
+at the next smaller rate. Interrupted cells go on where they stopped, from ``runs/methods/``; a complete one leaves its rows in
+``methods/CELL.jsonl``, without the bytes of single clients. FEDSPARSE_DATA names the folder that holds the data sets.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -53,6 +54,7 @@ SEARCH_ROUNDS, SEARCH_SEED = 20, 100
 COHORT, BATCH = 10, 20
 EVALUATIONS = 12
 LAST = 4  # evaluations that make an accuracy: over the last quarter of the rounds
+CHANCE = 0.98 * math.log(10)  # what a model that tells ten classes apart by nothing loses, closely
 RATES = (0.05, 0.15, 0.5, 1.5)
 SPARSITY = 0.95
 CAPACITIES = (1.0, 1 / 4, 1 / 16, 1 / 64)
@@ -96,30 +98,72 @@ UNEQUAL: dict[str, Callable[[int], list[pl.Callback]]] = {
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One federation; with a rate it belongs to the search for that method's rate."""
+class Setting:
+    """What a learning rate is searched for."""
 
     data: str
     network: str
     method: str
+
+    def __str__(self) -> str:
+        return f"{self.data}-{self.network}-{self.method}"
+
+    @property
+    def trials(self) -> list[Cell]:
+        """The search."""
+        return [Cell(self, SEARCH_SEED, rate) for rate in RATES]
+
+    @property
+    def best_rate(self) -> float | None:
+        """The rate of the best search run that came to its end; None while one of them is missing."""
+        trials = [(trial.rate, trial.history()) for trial in self.trials]
+        if not all(history for _, history in trials):
+            return None
+        return max((accuracy(rows, last=2), rate) for rate, rows in trials if rows[-1].round == SEARCH_ROUNDS)[1]
+
+    def runs(self, seed: int) -> list[Cell]:
+        """The run at the best rate, and the one at the next smaller rate in case that it collapses."""
+        best = self.best_rate
+        tried = [] if best is None else [rate for rate in sorted(RATES, reverse=True) if rate <= best][:2]
+        return [Cell(self, seed, rate) for rate in tried]
+
+    def result(self, seed: int) -> Cell | None:
+        """The run that counts: the first that did not collapse, if any; None if none was run."""
+        done = [cell for cell in self.runs(seed) if cell.history()]
+        return next((cell for cell in done if not cell.collapsed), done[0] if done else None)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One federation."""
+
+    setting: Setting
     seed: int
-    rate: float | None = None
+    rate: float
 
     @property
     def name(self) -> str:
-        last = f"s{self.seed}" if self.rate is None else f"lr{self.rate:g}"
-        return f"{self.data}-{self.network}-{self.method}-{last}"
+        return f"{self.setting}-s{self.seed}-lr{self.rate:g}"
 
     @property
     def rows(self) -> Path:
         return FOLDER / f"{self.name}.jsonl"
 
+    @property
+    def rounds(self) -> int:
+        return SEARCH_ROUNDS if self.seed == SEARCH_SEED else ROUNDS[self.setting.network]
+
     def history(self) -> list[RoundRecord]:
         """Its rows; none while it is not complete."""
         return read_history(self.rows) if self.rows.exists() else []
 
-    def search(self) -> list[Cell]:
-        return [dataclasses.replace(self, seed=SEARCH_SEED, rate=rate) for rate in RATES]
+    @property
+    def collapsed(self) -> bool:
+        """Whether it is complete, and came to no end or to the training loss of chance, over its last quarter."""
+        history = self.history()
+        losses = [record.train_loss for record in history[-(self.rounds // 4) :] if record.train_loss is not None]
+        ended = bool(history) and history[-1].round == self.rounds and bool(losses)
+        return bool(history) and not (ended and statistics.mean(losses) < CHANCE)
 
 
 def methods_for(network: str) -> list[str]:
@@ -127,18 +171,28 @@ def methods_for(network: str) -> list[str]:
     return [method for method in METHODS if (network, method) != ("cnn", "sparsyfed_ramp")]
 
 
-def cells() -> list[Cell]:
+def results() -> list[tuple[Setting, int]]:
     """Everything, in the order in which it is worth having."""
     equal = [
-        Cell(data, network, method, seed)
+        (Setting(data, network, method), seed)
         for network in NETWORKS
         for seed in SEEDS
         for data in DATA
         for method in methods_for(network)
     ]
-    unequal = [Cell("fashion", "cnn", method, seed) for seed in SEEDS for method in UNEQUAL]
-    runs = sorted([*equal, *unequal], key=lambda cell: (cell.seed, cell.network))
-    return [*dict.fromkeys(trial for cell in runs for trial in cell.search()), *runs]
+    unequal = [(Setting("fashion", "cnn", method), seed) for seed in SEEDS for method in UNEQUAL]
+    return sorted([*equal, *unequal], key=lambda result: (result[1], result[0].network))
+
+
+def run_result(setting: Setting, seed: int) -> None:
+    """Run what a seed gives at the best rate, and once more at the next smaller one if it collapses."""
+    cells = setting.runs(seed)
+    if not cells:
+        print(f"{setting}: its learning rate is not searched yet", flush=True)
+    for cell in cells:
+        run(cell)
+        if not cell.collapsed:
+            break
 
 
 def run(cell: Cell) -> None:
@@ -146,35 +200,33 @@ def run(cell: Cell) -> None:
     if cell.history():
         return
     torch.set_num_threads(1)
-    rounds = ROUNDS[cell.network] if cell.rate is None else SEARCH_ROUNDS
-    every = rounds // EVALUATIONS if cell.rate is None else SEARCH_ROUNDS // 4
-    rate = best_rate(cell) if cell.rate is None else cell.rate
-    if rate is None:
-        print(f"{cell.name}: its learning rate is not searched yet", flush=True)
-        return
+    of = cell.setting
+    searching = cell.seed == SEARCH_SEED
+    rounds = cell.rounds
+    every = rounds // (4 if searching else EVALUATIONS)
     pl.seed_everything(cell.seed, verbose=False)
-    optimizer = partial(torch.optim.SGD, lr=rate, weight_decay=5e-4)
-    model = ImageClassifier(NETWORKS[cell.network](), optimizer, image_shape=(1, 28, 28))
-    module, partition = DATA[cell.data]
+    optimizer = partial(torch.optim.SGD, lr=cell.rate, weight_decay=5e-4)
+    model = ImageClassifier(NETWORKS[of.network](), optimizer, image_shape=(1, 28, 28))
+    module, partition = DATA[of.data]
     data = FederatedDataModule(
-        module(batch_size=BATCH, validation_fraction=0.0 if cell.rate is None else 0.1),
+        module(batch_size=BATCH, validation_fraction=0.1 if searching else 0.0),
         partition,
-        capacities=CapacityShares(dict.fromkeys(CAPACITIES, 0.25), shuffle=True) if cell.method in UNEQUAL else None,
+        capacities=CapacityShares(dict.fromkeys(CAPACITIES, 0.25), shuffle=True) if of.method in UNEQUAL else None,
     )
-    split = "test" if cell.rate is None else "validation"
+    split = "validation" if searching else "test"
     folder = RUNS / cell.name
     loop = FederatedLoop(
         rounds,
         COHORT,
-        {**METHODS, **UNEQUAL}[cell.method](rounds),
-        {"max_steps": LOCAL_STEPS[cell.network], "max_epochs": -1},
-        evaluation=Evaluation(split, every=every, capacities=CAPACITIES[1:] if cell.method in UNEQUAL else ()),
+        {**METHODS, **UNEQUAL}[of.method](rounds),
+        {"max_steps": LOCAL_STEPS[of.network], "max_epochs": -1},
+        evaluation=Evaluation(split, every=every, capacities=CAPACITIES[1:] if of.method in UNEQUAL else ()),
         seed=cell.seed,
         checkpointing=Checkpointing(every_n_rounds=10),
         default_root_dir=folder,
         console=False,
     )
-    print(f"{cell.name}: started with learning rate {rate:g}", flush=True)
+    print(f"{cell.name}: started", flush=True)
     try:
         history = loop.fit(model, data, ckpt_path="last" if (folder / "checkpoints" / "last.ckpt").exists() else None)
     except RuntimeError as error:
@@ -184,14 +236,6 @@ def run(cell: Cell) -> None:
     FOLDER.mkdir(exist_ok=True)
     rewrite_history(cell.rows, [dataclasses.replace(record, clients={}) for record in history])
     print(f"{cell.name}: {accuracy(history):.2f} %", flush=True)
-
-
-def best_rate(cell: Cell) -> float | None:
-    """The rate of the best search run that came to its end; None while one of them is missing."""
-    trials = [(trial.rate, trial.history()) for trial in cell.search()]
-    if not all(history for _, history in trials):
-        return None
-    return max((accuracy(history, last=2), rate) for rate, history in trials if history[-1].round == SEARCH_ROUNDS)[1]
 
 
 def accuracy(history: Sequence[RoundRecord], *, capacity: float = 1.0, last: int = LAST) -> float:
@@ -222,22 +266,36 @@ def excess(histories: Iterable[Sequence[RoundRecord]]) -> str:
     return "-" if min(values) == 100 * SPARSITY else pages.spread(values)
 
 
+def histories(setting: Setting) -> dict[int, list[RoundRecord]]:
+    """The rows that count, by seed."""
+    cells = {seed: setting.result(seed) for seed in SEEDS}
+    return {seed: cell.history() for seed, cell in cells.items() if cell is not None}
+
+
+def rates_and_seeds(setting: Setting) -> list[str]:
+    """The rate with the seeds whose runs are at another one, and all seeds."""
+    cells = [cell for seed in SEEDS if (cell := setting.result(seed)) is not None]
+    others = [f"seed {cell.seed}: {cell.rate:g}" for cell in cells if cell.rate != setting.best_rate]
+    rate = f"{setting.best_rate:g}"
+    return [f"{rate} ({', '.join(others)})" if others else rate, ", ".join(str(cell.seed) for cell in cells)]
+
+
 def table(data: str, network: str) -> list[str]:
     """One row per method at 95 % sparsity."""
     head = ["method", "rate", "seeds", "accuracy, %", "minus dense, points", "bytes up / down", "back from zero"]
     table_rows = []
-    dense = {seed: Cell(data, network, "dense", seed).history() for seed in SEEDS}
+    dense = histories(Setting(data, network, "dense"))
     for method in methods_for(network):
-        found = {seed: rows for seed in SEEDS if (rows := Cell(data, network, method, seed).history())}
+        setting = Setting(data, network, method)
+        found = histories(setting)
         if not found:
             table_rows.append([method, "not run"])
             continue
-        gaps = [accuracy(rows) - accuracy(dense[seed]) for seed, rows in found.items() if dense[seed]]
+        gaps = [accuracy(rows) - accuracy(dense[seed]) for seed, rows in found.items() if seed in dense]
         sent = (statistics.mean(bytes_to_dense(rows, way) for rows in found.values()) for way in ("up", "down"))
         cells = [
             method,
-            f"{best_rate(Cell(data, network, method, 0)):g}",
-            ", ".join(map(str, found)),
+            *rates_and_seeds(setting),
             pages.spread(accuracy(rows) for rows in found.values()),
             pages.spread(gaps) if gaps else "",
             " / ".join(f"{ratio:.3f}x" for ratio in sent),
@@ -254,14 +312,14 @@ def unequal_table() -> list[str]:
     sizes = [f"1/{1 / capacity:.0f}" if capacity < 1 else "1" for capacity in CAPACITIES]
     table_rows = []
     for method in UNEQUAL:
-        cell = Cell("fashion", "cnn", method, 0)
-        found = {seed: rows for seed in SEEDS if (rows := dataclasses.replace(cell, seed=seed).history())}
+        setting = Setting("fashion", "cnn", method)
+        found = histories(setting)
         if not found:
             table_rows.append([method, "not run"])
             continue
         sent = (statistics.mean(bytes_to_dense(rows, way) for rows in found.values()) for way in ("up", "down"))
         accuracies = [pages.spread(accuracy(rows, capacity=size) for rows in found.values()) for size in CAPACITIES]
-        cells = [method, f"{best_rate(cell):g}", ", ".join(map(str, found)), *accuracies]
+        cells = [method, *rates_and_seeds(setting), *accuracies]
         table_rows.append([*cells, " / ".join(f"{ratio:.3f}x" for ratio in sent)])
     head = ["method", "rate", "seeds", *(f"accuracy at {size}, %" for size in sizes), "bytes up / down"]
     return pages.table(head, table_rows)
@@ -279,19 +337,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run")
-    running.add_argument("cells", nargs="*", help="beginnings of names of cells, all by default")
+    running.add_argument(
+        "cells", nargs="*", help="beginnings of names without rates, such as mnist-cnn-topk-s0; all by default"
+    )
     running.add_argument("--jobs", type=int, default=1, help="cells at a time")
     commands.add_parser("report")
     arguments = parser.parse_args()
     if arguments.command == "report":
         report()
         return
-    wanted = [cell for cell in cells() if not arguments.cells or cell.name.startswith(tuple(arguments.cells))]
+    wanted = [
+        (setting, seed)
+        for setting, seed in results()
+        if not arguments.cells or f"{setting}-s{seed}".startswith(tuple(arguments.cells))
+    ]
     os.environ["OMP_NUM_THREADS"] = "1"
-    # the search comes first in the list, and a cell waits for its own: searches and runs are two batches
-    for batch in ([cell for cell in wanted if cell.rate], [cell for cell in wanted if not cell.rate]):
-        with ProcessPoolExecutor(arguments.jobs) as pool:
-            list(pool.map(run, batch))
+    with ProcessPoolExecutor(arguments.jobs) as pool:
+        # the search comes before all that waits for it
+        searched = dict.fromkeys(setting for setting, _ in wanted)
+        list(pool.map(run, [trial for setting in searched for trial in setting.trials]))
+        list(pool.map(run_result, *zip(*wanted, strict=True)))
 
 
 if __name__ == "__main__":
