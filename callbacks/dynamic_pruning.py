@@ -99,7 +99,7 @@ class DynamicPruning(MagnitudePruning):
         erk_positions: Positions of the first mask inside each layer's ERK density: ``"magnitude"``, the largest initial
             weights; ``"random"``, one seeded mask; ``"random_per_client"`` (released code), a dense broadcast in round
             0 and a random mask of each client's own, the first common mask at that round's end.
-        regrow: ``"candidates"``: in the round before a reconfiguration clients also send pruned weights that belong to
+        regrow: In a federation, ``"candidates"``: in the round before a reconfiguration clients also send pruned weights that belong to
             their own largest at the next sparsity; ``"nested"`` (released code): weights never return; ``"dense"``:
             dense uploads and a dense aggregate.
         upload: ``"masked"``: values on the mask; ``"dense"`` (released code): all of them. ``regrow="dense"`` uploads
@@ -178,10 +178,10 @@ class DynamicPruning(MagnitudePruning):
         capacity = self.client_round.capacity
         if capacity is not None:
             update = replace(update, absent="unheld")
-        coming = Progress(self.client_round.index + 1, self.client_round.total)
+        deciding = self._deciding(self.client_round)
         masks = {name: mask for name in self._names if (mask := self.client_round.masks[name]) is not None}
-        sparsity = self.target(coming)
-        if self.regrow != "candidates" or not masks or sparsity is None or not self.reconfigures(coming):
+        sparsity = self.target(deciding)
+        if self.regrow != "candidates" or not masks or sparsity is None or not self.reconfigures(deciding):
             return update
         weights = self._client_weights(pl_module)
         limit = self._max_candidates(masks)
@@ -245,14 +245,7 @@ class DynamicPruning(MagnitudePruning):
         self._proposers, self._able = {}, 0
         if self.regrow == "nested":
             state.apply_masks()
-        if self.erk_positions == "random_per_client":
-            # the released code makes a mask at the end of round 0, R, 2R... with that round's sparsity
-            progress = server_round.progress
-            sparsity = self.target(progress)
-            if progress.step % self.every == 0 and sparsity is not None:
-                state.set_masks(self.masks_at(self._weights(state), sparsity))
-        else:
-            self.reconfigure(state, Progress(server_round.index + 1, server_round.total))
+        self.reconfigure(state, self._deciding(server_round))
         state.apply_masks()
         return state
 
@@ -278,7 +271,14 @@ class DynamicPruning(MagnitudePruning):
                 mine[name].mul_(mask)
 
     def _takes_candidates(self, server_round: ServerRound) -> bool:
-        return self.regrow == "candidates" and self.reconfigures(Progress(server_round.index + 1, server_round.total))
+        return self.regrow == "candidates" and self.reconfigures(self._deciding(server_round))
+
+    def _deciding(self, this: ClientRound | ServerRound) -> Progress:
+        """Whether masks are made at the end of this round, and how sparse ones, is decided by the progress of the next one.
+
+        In the released code it is decided by that of the round itself: masks come at the end of rounds 0, R, 2R...
+        """
+        return Progress(this.index + (self.erk_positions != "random_per_client"), this.total)
 
     def _max_candidates(self, masks: Mapping[str, Tensor]) -> int:
         return int(self.max_candidates * _kept(masks))

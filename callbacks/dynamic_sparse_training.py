@@ -45,7 +45,7 @@ from lightning_fedsparse.rounds import ClientRound, ServerRound, Total, UploadRu
 from lightning_fedsparse.schedules import Progress
 from lightning_fedsparse.server import ServerState
 from lightning_fedsparse.submodels import SubmodelTransform
-from lightning_fedsparse.transforms import Transform, Weights, factor_like
+from lightning_fedsparse.transforms import Transform, Weights
 from lightning_fedsparse.update import SparseUpdate, remask
 
 __all__ = ["DynamicSparseTraining", "moved_mask"]
@@ -89,7 +89,7 @@ class MovingTransform(SubmodelTransform):
     @property
     def masks(self) -> dict[str, Tensor]:
         """The masks as they are now."""
-        return {name: factor.bool() for name, factor in self._factors.items()}
+        return {name: mask.bool() for name, mask in self._masks.items()}
 
     def move(self, share: float) -> None:
         """Move every mask at the next step of its weight."""
@@ -99,8 +99,8 @@ class MovingTransform(SubmodelTransform):
         """Move the masks by the gradients, which are dense here, and zero the gradients off them."""
         for name, gradient in gradients.items():
             if name in self._shares:
-                mask = factor_like(self._factors, name, gradient).bool()
-                self._factors[name] = moved = moved_mask(stored[name], gradient, mask, self._shares.pop(name))
+                mask = self._held(name, gradient).bool()
+                self._masks[name] = moved = moved_mask(stored[name], gradient, mask, self._shares.pop(name))
                 stored[name].mul_(mask & moved)
         super().chain_(gradients, stored, effective)
 

@@ -12,7 +12,8 @@ Pruning and Incremental Regularization", ICDM 2023, pp. 1187-1192, https://arxiv
 
 The defaults follow the paper's abstract where the released code departs from it. The released method is
 ``feddip(erk_positions="random_per_client", regrow="nested", upload="dense", lambda_mode="code", bn_mode="dense",
-prune_shortcuts=False)``.
+prune_shortcuts=False)`` beside an optimizer with weight decay 5e-4, but for ResNet's first densities: there its ERK also
+counts the shortcuts and the scales of BatchNorm, which it then leaves dense.
 """
 
 from __future__ import annotations
@@ -68,12 +69,13 @@ def feddip(
             federation ends at the sparsity of its last masks: one of no more rounds than this stays at the initial one.
         erk_positions: First mask: largest weights inside ERK densities, or random positions; ``"random_per_client"``
             is the released code's.
-        regrow: How pruned weights return; ``"nested"`` (never) is the released code's.
+        regrow: How pruned weights return in a federation; ``"nested"`` (never) is the released code's. In a plain Trainer
+            error feedback lets them return.
         upload: ``"masked"`` values or all; ``"dense"`` is the released code's.
         residual: ``"keep"``: what a client's pruned weights have learned stays with it until its next round.
         max_candidates: Most candidates for regrowth in one upload, as a share of the kept weights.
         end: Share of the run at which ``sparsity`` is reached and the masks stop moving; FedDIP's move to the end.
-        lambda_max: Top of the regularization strength; 0 leaves the penalty out.
+        lambda_max: What the regularization strength grows towards, one level short of it; 0 leaves the penalty out.
         lambda_levels: Levels of its staircase.
         lambda_mode: ``"uniform"`` steps, or the released ``"code"``'s with its hidden offset.
         norm_p: Order of the penalized norm.

@@ -9,8 +9,9 @@ unstructured: a small client saves bytes and storage, its dense kernels run no f
 
 Reference: F. Wu, X. Wang, Y. Wang, T. Liu, L. Su, J. Gao, "FIARSE: Model-Heterogeneous Federated Learning via
 Importance-Aware Submodel Extraction", NeurIPS 2024, https://arxiv.org/abs/2407.19389. The released method is
-``fiarse()`` for language models with the classifier excluded, ``fiarse(full_threshold="min")`` for image models, whose
-normalization layers use the statistics of each batch.
+``fiarse()`` for language models with the classifier excluded, and encoder biases and the embeddings of words and positions
+named in ``include`` beside the weights; for image models it is ``fiarse(full_threshold="min")`` with the classifier's bias
+in ``include`` beside the weights, and normalization layers that use the statistics of each batch.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ made anew at every step,
 
 The factor lies in [1, 1.5] and is largest at the threshold, so that weights at the border leave it quickly; it is the
 derivative of the mask's surrogate :math:`\mathrm{clip}((|w| - \theta) / (|w| + \theta), 0, 1)`. At capacity 1 nothing is
-cut: :math:`\theta = 0` and the factor is 1. Whatever the optimizer does, weights outside :math:`M` do not move.
+cut: :math:`\theta = 0` and the factor is 1. So it is where more than :math:`1 - \gamma` of the weights are exact zeros:
+ties at the threshold are all held. Whatever the optimizer does, weights outside :math:`M` do not move.
 
 - In a federation every client trains the submodel of its own capacity and sends deltas on :math:`M`; the server, whose
   weights stay dense, averages each coordinate over its holders (``MaskedMean``). Coordinates that nobody holds keep their

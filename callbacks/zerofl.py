@@ -13,7 +13,7 @@ Reference: X. Qiu, J. Fernandez-Marques, P. P. B. Gusmao, Y. Gao, T. Parcollet, 
 Training for Federated Learning with Local Sparsity", ICLR 2022, https://arxiv.org/abs/2208.02507. Of its upload rules this
 is the first, the largest weights. The re-implementation in the code released with "SparsyFed" (ICLR 2025,
 https://arxiv.org/abs/2504.05153) is ``zerofl(threshold="first_batch", overwrite=True)``, but for linear layers, whose
-activations' threshold it finds per batch.
+activations' threshold it finds per batch, and ResNet's shortcut convolutions, whose passes it leaves dense.
 """
 
 from __future__ import annotations

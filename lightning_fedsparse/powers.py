@@ -24,6 +24,7 @@ __all__ = ["power", "power_gradient_", "root_", "spectral_exponents", "truncated
 
 # the standard deviation of a standard normal cut at two deviations
 _CUT_DEVIATION = 0.87962566103423978
+_LEAST_NORM = 1e-12
 
 
 @torch.no_grad()
@@ -98,15 +99,15 @@ def spectral_exponents(weights: Mapping[str, Tensor], scope: Literal["layer", "g
             plain average of one value per weight, the mean over non-zero entries, rounded to 4 decimals.
 
     Returns:
-        An exponent in [1, 2] for every name; 1 for a weight of zeros only.
+        An exponent in [1, 2] for every name; 1 for a weight of zeros only, or with a NaN.
     """
     own = {}
     for name, weight in weights.items():
         matrix = weight.detach().double().abs().reshape(weight.shape[0], -1)
         nonzero = int(matrix.count_nonzero())
         count = matrix.numel() if scope == "layer" else nonzero
-        share = float(matrix.sum()) / (_spectral_norm(matrix) * count) if nonzero else 0.0
-        own[name] = round(1 + share, 8 if scope == "layer" else 4)
+        share = float(matrix.sum()) / (max(_spectral_norm(matrix), _LEAST_NORM) * count) if nonzero else 0.0
+        own[name] = 1.0 if math.isnan(share) else round(1 + share, 8 if scope == "layer" else 4)
     if scope == "layer":
         return own
     return dict.fromkeys(own, sum(own.values()) / len(own))

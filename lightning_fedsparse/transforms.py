@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["MaskTransform", "Transform", "Weights", "factor_like", "reaching"]
+__all__ = ["MaskTransform", "Transform", "Weights", "bits", "keep_reaching_", "reaching"]
 
 Weights = Mapping[str, Tensor]
 
@@ -80,25 +80,21 @@ class MaskTransform(Transform):
 
     def apply(self, weights: Weights, out: Weights) -> None:
         """Multiply weights by their masks."""
-        for name, weight in weights.items():
-            torch.mul(weight, factor_like(self._factors, name, weight), out=out[name])
+        for (name, weight), factor in zip(weights.items(), self._like(weights), strict=True):
+            torch.mul(weight, factor, out=out[name])
 
     def chain_(self, gradients: Weights, stored: Weights, effective: Weights) -> None:
         """Multiply gradients by the masks, unless straight through."""
         if gradients and not self.straight_through:
-            factors = [factor_like(self._factors, name, gradient) for name, gradient in gradients.items()]
-            torch._foreach_mul_(list(gradients.values()), factors)
+            torch._foreach_mul_(list(gradients.values()), self._like(gradients))
 
-
-def factor_like(masks: dict[str, Tensor], name: str, tensor: Tensor) -> Tensor:
-    """The mask of this name as a factor for ``tensor``, of its dtype and device; it takes the mask's place in ``masks``.
-
-    A bool mask multiplies, and fills, several times slower than a factor of the tensor's own dtype.
-    """
-    factor = masks[name]
-    if factor.dtype != tensor.dtype or factor.device != tensor.device:
-        factor = masks[name] = factor.to(tensor)
-    return factor
+    def _like(self, tensors: Weights) -> list[Tensor]:
+        # a float factor of the tensor's own dtype multiplies several times faster than a bool mask does
+        for name, tensor in tensors.items():
+            factor = self._factors[name]
+            if factor.dtype != tensor.dtype or factor.device != tensor.device:
+                self._factors[name] = factor.to(tensor)
+        return [self._factors[name] for name in tensors]
 
 
 @torch.no_grad()
@@ -113,6 +109,23 @@ def reaching(weight: Tensor, threshold: float) -> Tensor:
         >>> reaching(torch.tensor([0.5, -1.0, 0.25]), 0.5)
         tensor([ 0.5000, -1.0000,  0.0000])
     """
-    # a comparison and a fill take ten times as long; what stays must be strictly above the bound, hence the float below
-    bound = torch.tensor(threshold, dtype=weight.dtype)
-    return F.hardshrink(weight, bound.nextafter(torch.zeros_like(bound)).item())
+    # a comparison and a fill take ten times as long
+    return F.hardshrink(weight, _just_below(threshold, weight.dtype))
+
+
+@torch.no_grad()
+def keep_reaching_(gradient: Tensor, weight: Tensor, threshold: float) -> Tensor:
+    """Zero a gradient where :func:`reaching` zeroes the weight, in place."""
+    bound = _just_below(threshold, weight.dtype)
+    return torch.ops.aten.hardshrink_backward.grad_input(gradient, weight, bound, grad_input=gradient)  # type: ignore[no-any-return]
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The same memory as integers of its width."""
+    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+def _just_below(threshold: float, dtype: torch.dtype) -> float:
+    # hardshrink keeps what is strictly above its bound
+    bound = torch.tensor(threshold, dtype=dtype)
+    return bound.nextafter(torch.zeros_like(bound)).item()

@@ -179,3 +179,49 @@ def test_a_capacity_that_holds_nothing_is_refused_before_the_first_round() -> No
     FederatedLoop(1, 1, [method], evaluation=QUIET, console=False).fit(Net(), loaders(clients()))
     with pytest.raises(ValueError, match=f"{wanted} to evaluate at"):
         method.to_effective_(dict(Net().named_parameters()), 1e-4)
+
+
+class Masks(SparsityCallback):
+    """After each round: the masks, and whether uploads held more than the round's."""
+
+    def __init__(self) -> None:
+        self.ids: list[str] = []
+        self.candidates: list[bool] = []
+
+    def on_server_receive(self, state: ServerState, server_round: Any, update: SparseUpdate) -> None:
+        pairs = [(update.masks[name], state.masks[name]) for name in PRUNED]
+        beyond = [sent & ~mask for sent, mask in pairs if sent is not None and mask is not None]
+        self.candidates[server_round.index :] = [any(bool(more.any()) for more in beyond)]
+
+    def on_server_round_end(self, state: ServerState, server_round: Any) -> ServerState:
+        self.ids.append(state.masks.id)
+        return state
+
+    def __deepcopy__(self, memo: Any) -> Masks:
+        return Masks()
+
+
+def masks_of_rounds(rounds: int, **options: Any) -> Masks:
+    torch.manual_seed(0)
+    masks = Masks()
+    callbacks = feddip(sparsity=0.8, initial_sparsity=0.3, max_candidates=1.0, **options)
+    loop = FederatedLoop(rounds, 6, [*callbacks, masks], {"max_epochs": 3}, evaluation=QUIET, console=False)
+    loop.fit(Net(), loaders(clients()))
+    return masks
+
+
+def test_candidates_are_sent_in_the_round_that_ends_with_new_masks() -> None:
+    # the released code's masks come at the end of rounds 0, R, 2R...: at the end of round 0 there was none to be outside of
+    found = masks_of_rounds(7, reconfigure_every=3, erk_positions="random_per_client")
+    moved = [index for index in range(1, 7) if found.ids[index] != found.ids[index - 1]]
+    assert moved == [3, 6]
+    assert [index for index, more in enumerate(found.candidates) if more] == [3, 6]
+    found = masks_of_rounds(7, reconfigure_every=3)
+    assert [index for index in range(1, 7) if found.ids[index] != found.ids[index - 1]] == [2, 5]
+    assert [index for index, more in enumerate(found.candidates) if more] == [2, 5]
+
+
+def test_random_first_masks_stop_moving_at_the_end_too() -> None:
+    found = masks_of_rounds(8, reconfigure_every=1, end=0.25, erk_positions="random_per_client", regrow="dense")
+    moved = [index for index in range(1, 8) if found.ids[index] != found.ids[index - 1]]
+    assert moved == [1, 2]
