@@ -24,7 +24,7 @@ from lightning_fedsparse.callbacks.base import SparsityCallback
 from lightning_fedsparse.data import FederatedDataModule
 from lightning_fedsparse.generators import own_generators
 from lightning_fedsparse.quiet import quiet_lightning
-from lightning_fedsparse.resident import ResidentTrainer, restored_on_error
+from lightning_fedsparse.resident import ResidentTrainer, restored
 from lightning_fedsparse.rounds import ClientRound
 from lightning_fedsparse.schedules import Progress
 from lightning_fedsparse.schema import Schema
@@ -120,6 +120,7 @@ class ClientWorker:
         self._trainers = ResidentTrainer(trainer, [*callbacks, TrainingLoss()], fresh=fresh_trainer)
         self._wire = wire or Wire()
         self._local_buffers = local_buffers
+        self._persistent = frozenset(module.state_dict())
         self.schema = Schema.of(dict(module.named_parameters()), self._buffers())
         self._masks: OrderedDict[str, MaskSet] = OrderedDict()
         self._received: OrderedDict[tuple[Message, str | None], SparseUpdate] = OrderedDict()
@@ -136,11 +137,13 @@ class ClientWorker:
             "the Trainer's arguments": trainers.arguments,
         }
 
-    def hold(self, versions: Iterable[MaskSet]) -> None:
-        """Take mask versions that the clients are known to hold, oldest first."""
+    def hold(self, versions: Iterable[MaskSet], kept: int) -> None:
+        """Take mask versions that the clients are known to hold, oldest first, and keep the last of all."""
         for masks in versions:
             self._masks[masks.id] = masks
             self._masks.move_to_end(masks.id)
+        while len(self._masks) > kept:
+            self._masks.popitem(last=False)
 
     def run(self, job: ClientJob) -> ClientResult:
         """Run one client's round: :meth:`receive`, then :meth:`train`."""
@@ -156,9 +159,7 @@ class ClientWorker:
         self._received[key] = broadcast
         while len(self._received) > _KEPT_BROADCASTS:
             self._received.popitem(last=False)
-        self.hold([_masks_of(broadcast)])
-        while len(self._masks) > job.kept_versions:
-            self._masks.popitem(last=False)
+        self.hold([_masks_of(broadcast)], job.kept_versions)
         return broadcast
 
     def train(self, job: ClientJob, broadcast: SparseUpdate) -> ClientResult:
@@ -204,14 +205,17 @@ class ClientWorker:
         return ClientResult(job.client_id, payload, memory, time.perf_counter() - started, job.index)
 
     def release(self) -> None:
-        """Take the module off the device on which clients train."""
+        """Take everything off the device on which clients train."""
+        self._trainers.drop()
+        self._received.clear()
+        self._moved.clear()
         self.module.to(_HOST)
 
     @contextmanager
     def _cleared(self, where: str) -> Iterator[None]:
-        """Leave nothing behind of a fit that was cut off, and name the client in what is raised."""
+        """Leave nothing behind of a fit in the module, nor in the Trainer if it was cut off; name the client in what is raised."""
         try:
-            with restored_on_error(self.module):
+            with restored(self.module):
                 yield
         except BaseException as error:
             trainer = self._trainers.drop()
@@ -276,8 +280,7 @@ class ClientWorker:
         return {name: parameter.detach().to(_HOST, copy=True) for name, parameter in self.module.named_parameters()}
 
     def _buffers(self) -> dict[str, Tensor]:
-        persistent = self.module.state_dict().keys()
-        return {name: buffer for name, buffer in self.module.named_buffers() if name in persistent}
+        return {name: buffer for name, buffer in self.module.named_buffers() if name in self._persistent}
 
 
 _BUFFERS = "buffers"

@@ -34,6 +34,7 @@ from lightning_fedsparse.capacities import require_capacity
 from lightning_fedsparse.checkpointing import Checkpointing
 from lightning_fedsparse.checks import require_at_least_one
 from lightning_fedsparse.client import ClientJob
+from lightning_fedsparse.clients import Client
 from lightning_fedsparse.console import Console
 from lightning_fedsparse.counting_wire import CountingWire
 from lightning_fedsparse.data import FederatedDataModule
@@ -226,13 +227,24 @@ class FederatedLoop:
 
     @property
     def state(self) -> ServerState:
-        """The server's state, once ``fit`` has begun."""
-        return self._run.federation.state
+        """The server's state, once ``fit`` has begun.
+
+        Raises:
+            RuntimeError: Before.
+        """
+        return self._begun().federation.state
 
     def load_submodel(self, model: pl.LightningModule, capacity: float) -> None:
         """After ``fit``: write the global model's submodel of a capacity into a module, as a client of it uses it."""
         require_capacity(capacity, "of the submodel")
-        self._run.model.load_into(model, capacity)
+        self._begun().model.load_into(model, capacity)
+
+    def _begun(self) -> Run:
+        if not hasattr(self, "_run"):
+            raise RuntimeError(
+                "expected fit() before the global model is asked for, got a FederatedLoop that never ran"
+            )
+        return self._run
 
     def validate(self, model: pl.LightningModule, data: pl.LightningDataModule) -> dict[str, float]:
         """Evaluate a module on the data module's global validation loaders."""
@@ -260,8 +272,14 @@ class FederatedLoop:
         self._record(index + 1, tally, server_round.metrics, started)
 
     def _upload_rule(self, server_round: ServerRound) -> UploadRule:
-        rules = [method.upload_rule(self._run.federation.state, server_round) for method in self._run.methods]
-        return next((rule for rule in rules if rule is not None), UploadRule())
+        rules = {
+            type(method).__name__: rule
+            for method in self._run.methods
+            if (rule := method.upload_rule(self._run.federation.state, server_round)) is not None
+        }
+        if len(set(rules.values())) > 1:
+            raise ValueError(f"expected methods that agree on what an upload holds, got {rules}")
+        return next(iter(rules.values()), UploadRule())
 
     def _collect(self, server_round: ServerRound, rule: UploadRule, tally: RoundTally) -> Iterator[SparseUpdate]:
         """Steps 1 to 5: ask clients, and others if too few return; give the updates that count, in the order asked."""
@@ -270,7 +288,7 @@ class FederatedLoop:
         intake = Intake(self.faults, self.clients_per_round, reader, self.screen, run.ranks)
         show = run.recorder.console.failure
         receiver = Receiver(run.federation, run.methods, intake, server_round, tally, show, run.ranks, run.shards)
-        asked: list[str] = []
+        asked: dict[str, Client] = {}
         while not intake.enough and tally.tries < self.faults.tries:
             cohort = sample_cohort(
                 run.data.client_ids,
@@ -282,28 +300,27 @@ class FederatedLoop:
             )
             if not cohort:  # nobody is left to ask
                 break
-            asked += cohort
+            asked |= {client_id: run.data.client(client_id) for client_id in cohort}
             tally.tries += 1
-            mine = run.shards.mine([run.data.client(client_id) for client_id in cohort])
+            mine = run.shards.mine([asked[client_id] for client_id in cohort])
             jobs = self._broadcast(server_round.index, cohort, mine, asked, tally)
             yield from receiver.receive(self.executor.run(run.worker, jobs), filter(mine.__contains__, cohort))
         receiver.close()
 
     def _broadcast(
-        self, index: int, cohort: Sequence[str], mine: Collection[str], asked: Collection[str], tally: RoundTally
+        self, index: int, cohort: Sequence[str], mine: Collection[str], asked: Mapping[str, Client], tally: RoundTally
     ) -> Iterator[ClientJob]:
         """What every client of the cohort is sent; jobs for those that are trained here."""
         run = self._run
         broadcaster = run.federation.broadcaster
-        clients = {client_id: run.data.client(client_id) for client_id in asked}
         seed = derive_seed(self.seed, "broadcast", index)
-        broadcaster.start(run.federation.state, list(clients.values()), run.methods, seed)
+        broadcaster.start(run.federation.state, list(asked.values()), run.methods, seed)
         for client_id in cohort:
-            sent = broadcaster.send(clients[client_id])
+            sent = broadcaster.send(asked[client_id])
             tally.down[client_id] = sent.traffic
             if client_id not in mine:
                 # its client may be another rank's today and this one's tomorrow
-                run.worker.hold([broadcaster.support(client_id)])
+                run.worker.hold([broadcaster.support(client_id)], broadcaster.kept_versions)
                 continue
             yield ClientJob(
                 client_id,

@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from lightning_fedsparse.quiet import QUIET_TRAINER
 
-__all__ = ["ResidentDevice", "ResidentTrainer", "restored_on_error"]
+__all__ = ["ResidentDevice", "ResidentTrainer", "restored"]
 
 
 class ResidentDevice(SingleDeviceStrategy):
@@ -112,7 +112,8 @@ class ResidentTrainer:
         resident = {} if self._device is None else {"strategy": ResidentDevice(self._device)}
         trainer = pl.Trainer(**{**self.arguments, **resident}, callbacks=copy.deepcopy(self.callbacks))
         # which device the arguments mean, only a Trainer knows; a strategy that they name is left alone
-        if self._device is None and type(trainer.strategy) is SingleDeviceStrategy:
+        chosen = self.arguments.get("strategy", "auto")
+        if self._device is None and chosen == "auto" and type(trainer.strategy) is SingleDeviceStrategy:
             self._device = trainer.strategy.root_device
             return self._build()
         return trainer
@@ -124,22 +125,24 @@ class ResidentTrainer:
 
 
 @contextmanager
-def restored_on_error(module: pl.LightningModule) -> Iterator[None]:
-    """Put back what a fit that is cut off may leave in a module, apart from its tensors.
+def restored(module: pl.LightningModule) -> Iterator[None]:
+    """Put back what a fit may leave in a module, apart from its tensors: whether layers train and parameters are frozen.
 
-    Validation that raises leaves layers in evaluation mode and metrics half full, a step with a toggled optimizer leaves
-    parameters frozen. Gradients the next fit drops by itself.
+    Fine-tuning unfreezes a backbone in its second epoch, and the next client begins with the first. A fit that is cut off
+    also leaves layers in evaluation mode, a toggled optimizer's parameters frozen and metrics half full. Gradients the next
+    fit drops by itself.
     """
     modes = [(layer, layer.training) for layer in module.modules()]
     frozen = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     try:
         yield
     except BaseException:
-        for layer, training in modes:
-            layer.training = training
-        for parameter, requires_grad in frozen:
-            parameter.requires_grad_(requires_grad)
         for layer in module.modules():
             if isinstance(layer, Metric):
                 layer.reset()
         raise
+    finally:
+        for layer, training in modes:
+            layer.training = training
+        for parameter, requires_grad in frozen:
+            parameter.requires_grad = requires_grad

@@ -100,7 +100,8 @@ class Run:
         rounds = self._loop.rounds
         history = self.recorder.restore(ckpt_path, self.federation, self.recipe, rounds)
         done = history[-1].round if history else 0
-        self.worker.hold(self.federation.broadcaster.versions)
+        versions = self.federation.broadcaster.versions
+        self.worker.hold(versions, kept=len(versions))
         self.data.start_round(Progress(done, rounds))
         if self._loop.recipe is not None and done < rounds:
             self.recorder.folder.keep_recipe(self._loop.recipe)

@@ -117,6 +117,9 @@ class ServerOptimizer:
         Args:
             state: The server's state.
             mean: New tensors by name, as an aggregator's ``result()`` gives them.
+
+        Raises:
+            ValueError: If the state's weights are not the tensors that the optimizer was made for.
         """
         optimizer = self._optimizer_of(state)
         with torch.no_grad():
@@ -151,6 +154,11 @@ class ServerOptimizer:
             # the parameters share their memory with the state's weights: a step moves those
             self._parameters = {name: nn.Parameter(weight) for name, weight in state.weights.items()}
             self._optimizer = self._factory(self._parameters.values())
+        for name, parameter in self._parameters.items():
+            if parameter.data_ptr() != state.weights[name].data_ptr():
+                raise ValueError(
+                    f"expected server hooks to change weights in place beside a server optimizer, got another tensor as {name!r}"
+                )
         return self._optimizer
 
 

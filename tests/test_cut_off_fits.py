@@ -9,7 +9,7 @@ from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision
 
 from lightning_fedsparse.callbacks import fiarse, sparsyfed
-from lightning_fedsparse.resident import restored_on_error
+from lightning_fedsparse.resident import restored
 from lightning_fedsparse.testing import Fault
 from tests.failing_clients import Trap, always, assert_same, moving, reasons, run, weights
 from tests.test_loop import Net
@@ -31,7 +31,7 @@ def test_a_callback_that_raises_on_an_exception_keeps_no_method_from_tidying_up(
 
 
 def assert_cut_off(module, fit):
-    with pytest.raises(ValueError, match="cut off"), restored_on_error(module):
+    with pytest.raises(ValueError, match="cut off"), restored(module):
         fit()
 
 

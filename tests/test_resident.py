@@ -13,14 +13,14 @@ from lightning.pytorch.callbacks import (
     GradientAccumulationScheduler,
     StochasticWeightAveraging,
 )
-from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.plugins import HalfPrecision, MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.nn import functional as F
 
 from lightning_fedsparse import FederatedLoop
 from lightning_fedsparse.callbacks import feddip, fiarse, sparsyfed
 from lightning_fedsparse.failures import TooFewClientsError
-from lightning_fedsparse.resident import ResidentTrainer
+from lightning_fedsparse.resident import ResidentDevice, ResidentTrainer
 from lightning_fedsparse.testing_models import ConvNet, loader
 from tests.test_loop import QUIET, Net, clients, loaders
 
@@ -220,3 +220,28 @@ def test_a_strategy_of_the_users_own_is_left_alone():
 
     strategy = Mine("cpu")
     assert ResidentTrainer({"strategy": strategy}).next().strategy is strategy
+    strategy = SingleDeviceStrategy("cpu", precision_plugin=HalfPrecision("bf16-true"))
+    assert ResidentTrainer({"strategy": strategy}).next().strategy is strategy
+    assert isinstance(ResidentTrainer({}).next().strategy, ResidentDevice)
+
+
+class Unfreezing(Net):
+    """Fine-tunes its head first, then all but the statistics, and tells what it trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.first.requires_grad_(False)
+        self.learned = []
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == 1:
+            self.first.requires_grad_(True)
+            self.norm.eval()
+        self.learned.append((self.first.weight.requires_grad, self.norm.training))
+
+
+def test_every_client_begins_with_the_layers_frozen_that_the_user_froze():
+    model = Unfreezing()
+    FederatedLoop(1, 3, [], {"max_epochs": 2}, evaluation=QUIET, console=False).fit(model, loaders(clients()))
+    assert model.learned == [(False, True), (True, False)] * 3
+    assert (model.first.weight.requires_grad, model.norm.training) == (False, True)
