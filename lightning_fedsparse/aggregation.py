@@ -19,10 +19,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_fedsparse.ranks import Ranks
 from lightning_fedsparse.update import Absent, Kind, SparseUpdate
@@ -278,7 +280,7 @@ class WeightedMean(_Mean):
 
 
 class MaskedMean(_Mean):
-    """Per coordinate, the mean over the clients whose mask keeps it; a value of zero counts like any other.
+    """Per coordinate, the mean over the clients whose mask keeps it.
 
     What nobody holds keeps its bits. ``absent`` plays no part: a client has no say about what it does not send.
     Buffers are averaged over the clients that send them, with the same weights; integer ones are truncated towards
@@ -286,6 +288,8 @@ class MaskedMean(_Mean):
 
     Args:
         weighting: ``"uniform"`` (every holder counts once) or ``"examples"`` (by ``num_examples``).
+        count: ``"held"``: a value of zero counts like any other; ``"changed"`` (FIARSE's released code): among deltas one
+            of zero counts as if its client did not hold the coordinate.
         dtype: Of the sums of parameters.
 
     Example:
@@ -297,11 +301,25 @@ class MaskedMean(_Mean):
         {'w': tensor([2., 5., 9.])}
     """
 
-    def __init__(self, weighting: Literal["uniform", "examples"] = "uniform", *, dtype: SumType = "float64") -> None:
+    def __init__(
+        self,
+        weighting: Literal["uniform", "examples"] = "uniform",
+        *,
+        count: Literal["held", "changed"] = "held",
+        dtype: SumType = "float64",
+    ) -> None:
         if weighting not in ("uniform", "examples"):
             raise ValueError(f"expected weighting 'uniform' or 'examples', got {weighting!r}")
+        if count not in ("held", "changed"):
+            raise ValueError(f"expected count 'held' or 'changed', got {count!r}")
         super().__init__(dtype)
         self.weighting = weighting
+        self.count = count
+
+    @override
+    @override
+    def add(self, update: SparseUpdate) -> None:
+        super().add(_changed(update) if self.count == "changed" else update)
 
     def _weight(self, update: SparseUpdate) -> int:
         return 1 if self.weighting == "uniform" else update.num_examples
@@ -314,6 +332,24 @@ class MaskedMean(_Mean):
 
     def _mean(self, old: Tensor, sums: Tensor, held: Tensor | None, total: int) -> Tensor:
         return sums / (total if held is None else held)
+
+
+@torch.no_grad()
+def _changed(update: SparseUpdate) -> SparseUpdate:
+    """Without the coordinates whose delta is zero."""
+    if update.kind != "delta":
+        raise ValueError(f"expected deltas where changes count, got an update of kind {update.kind!r}")
+    values, masks = {}, {}
+    for name, value in update.values.items():
+        mask, changed = update.masks[name], value != 0
+        values[name] = value[changed]
+        if mask is None:
+            masks[name] = changed
+        else:
+            masks[name] = (
+                torch.zeros_like(mask).view(-1).index_fill_(0, update.positions(name)[changed], True).view(mask.shape)
+            )
+    return replace(update, values=values, masks=masks, mask_id=None)
 
 
 def _cast(elements: Tensor, tensor: Tensor) -> Tensor:

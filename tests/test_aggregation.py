@@ -456,3 +456,17 @@ def peak_of(function):
             held += event.nbytes()
             peak = max(peak, held)
     return peak
+
+
+def test_changes_count_among_deltas_alone():
+    mean = MaskedMean(count="changed")
+    mean.start({"w": torch.ones(2)})
+    with pytest.raises(ValueError, match="expected deltas where changes count, got an update of kind 'weights'"):
+        mean.add(SparseUpdate({"w": torch.ones(2)}, {"w": None}))
+    mean.add(SparseUpdate({"w": torch.tensor([0.0, 1.0])}, {"w": None}, kind="delta", absent="unheld"))
+    mean.add(
+        SparseUpdate({"w": torch.tensor([4.0])}, {"w": torch.tensor([True, False])}, kind="delta", absent="unheld")
+    )
+    assert mean.result()["w"].tolist() == [5, 2]
+    with pytest.raises(ValueError, match="expected count 'held' or 'changed', got 'nonzero'"):
+        MaskedMean(count="nonzero")

@@ -27,7 +27,6 @@ from lightning_fedsparse.callbacks import (
 from lightning_fedsparse.capacities import CapacityList, CapacityShares
 from lightning_fedsparse.client import ClientWorker
 from lightning_fedsparse.evaluation import Evaluation, evaluate
-from lightning_fedsparse.failures import TooFewClientsError
 from lightning_fedsparse.masks import importance_masks, importance_threshold
 from lightning_fedsparse.partition import IidPartition
 from lightning_fedsparse.payload import decode, encode
@@ -192,13 +191,13 @@ X = torch.tensor([1, -0.8, 0.6, -0.4, 0.2, 0.1], dtype=torch.float64)
 DELTAS = ([0.12, -0.06, 0.03, 0, 0.015, -0.01], [0.06, 0.02, -0.05], [-0.03, 0.01])
 
 
-def aggregated(deltas: Any, weighting: str = "uniform", examples: Any = (1, 1, 1)) -> Tensor:
-    mean = MaskedMean(weighting)  # type: ignore[arg-type]
+def aggregated(deltas: Any, weighting: str = "uniform", examples: Any = (1, 1, 1), count: str = "held") -> Tensor:
+    mean = MaskedMean(weighting, count=count)  # type: ignore[arg-type]
     mean.start({"x": X})
-    for delta, count in zip(deltas, examples, strict=True):
+    for delta, number in zip(deltas, examples, strict=True):
         values = -torch.tensor(delta, dtype=torch.float64)  # the specification's delta is start minus end
         mask = torch.arange(6) < len(delta)
-        mean.add(SparseUpdate({"x": values}, {"x": mask}, count, "delta", "unheld"))
+        mean.add(SparseUpdate({"x": values}, {"x": mask}, number, "delta", "unheld"))
     return mean.result()["x"]
 
 
@@ -209,6 +208,13 @@ def test_aggregation_over_holders() -> None:
     assert torch.equal(without_first[3:], X[3:])
     zero = (DELTAS[0], [0.06, 0.0, -0.05], DELTAS[2])
     close(aggregated(zero)[1], -0.8 + 0.016667)
+    # the released code's count leaves out who sent a zero, and gives back what only zeros were sent for
+    close(aggregated(zero, count="changed")[1], -0.8 + 0.025)
+    changed = aggregated(DELTAS, count="changed")
+    close(changed, aggregated(DELTAS))
+    assert changed[3] == X[3]
+    counts = torch.stack([(X - aggregated([delta], examples=(1,), count="changed")) != 0 for delta in DELTAS]).sum(0)
+    assert counts.tolist() == [3, 3, 2, 0, 1, 1]
     close(X - aggregated(DELTAS, "examples", (100, 300, 600)), [0.012, 0.006, -0.03, 0, 0.015, -0.01])
     reversed_order = aggregated(DELTAS[::-1])
     close(reversed_order, aggregated(DELTAS), atol=1e-15)
@@ -573,9 +579,9 @@ def test_clients_without_a_capacity_use_the_methods_own() -> None:
     assert all(torch.equal(own.state.weights[name], tensor) for name, tensor in given_.state.weights.items())
 
 
-def test_a_changed_upload_before_the_delta_is_refused() -> None:
+def test_a_method_that_uploads_something_else_is_refused() -> None:
     with pytest.raises(
-        TooFewClientsError, match="expected an update on the masks of the broadcast to turn into a delta"
+        ValueError, match="expected methods that agree on what an upload holds, got .*TopKAfterTraining"
     ):
         run(1, [TopKAfterTraining(ConstantSchedule(0.5)), *fiarse()])
 

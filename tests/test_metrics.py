@@ -50,6 +50,9 @@ def test_regrowth_in_both_directions() -> None:
     metric = WeightRegrowth()
     metric.update(broadcast, FIRST)
     assert {name: float(count) for name, count in metric.compute().items()} == {"activated": 0, "deactivated": 1}
+    other = WeightRegrowth()
+    other.update(broadcast, SECOND)
+    assert {name: float(count) for name, count in other.compute().items()} == {"activated": 0, "deactivated": 1}
     metric.update({"w": torch.tensor([False, False, True, True])}, SECOND)
     assert {name: float(count) for name, count in metric.compute().items()} == {"activated": 1, "deactivated": 1.5}
 
