@@ -200,8 +200,8 @@ def _fit(run: Run, *, resume: bool) -> None:
         if any(run.folder.glob(name)):
             print(f"  {name:<{width}}  {what}")
     print("\nnext")
-    print(f"  fedsparse resume {run.folder} {_more(run)}")
     print(f"  fedsparse export {run.folder}")
+    print(f"  fedsparse resume {run.folder} {_more(run)}  # longer: every schedule stretches")
     print("  fedsparse list")
 
 

@@ -30,9 +30,12 @@ FREE = (
     "console",
     "rank_timeout",
 )
-"""Arguments of the loop that a resumed run may change: the rounds that are done would have been the same. But for ``faults``
-and a quota of ``memories``: a run that ended because too few clients returned, or that gives up memories, must be able to go on,
-and each record says how its round came about."""
+"""Arguments of the loop that a resumed run may change: the rounds that are done would have been the same. But for three:
+
+- ``rounds``: schedules over the run are stretched to the new end, so the result is not that of a run started with that number;
+- ``faults`` and a quota of ``memories``: a run that ended because too few clients returned, or that gives up memories, must be
+  able to go on, and each record says how its round came about.
+"""
 
 _ARGUMENTS = (
     "clients_per_round",
