@@ -124,8 +124,9 @@ def evaluate_clients(
     """Run ``validation_step`` over every client's own validation data, with the submodel of its capacity.
 
     Returns:
-        For each metric that the module logs its mean and its minimum over the clients, as ``clients/NAME/mean`` and
-        ``clients/NAME/min``; where capacities differ, also over the clients of each: ``clients/NAME/mean@CAPACITY``.
+        For each metric that the module logs its mean and its minimum over the clients for which it is finite, as
+        ``clients/NAME/mean`` and ``clients/NAME/min``; where capacities differ, also over the clients of each:
+        ``clients/NAME/mean@CAPACITY``.
 
     Raises:
         ValueError: If a client has no validation data.
@@ -204,13 +205,14 @@ def _validate_client(module: pl.LightningModule, client: Client, trainer: Mappin
 
 
 def _over_clients(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            values.setdefault(name, []).append(value)
     return {
         f"clients/{name}/{kind}": value
-        for name in rows[0]
-        for kind, value in (
-            ("mean", sum(row[name] for row in rows) / len(rows)),
-            ("min", min(row[name] for row in rows)),
-        )
+        for name, found in values.items()
+        for kind, value in (("mean", sum(found) / len(found)), ("min", min(found)))
     }
 
 
