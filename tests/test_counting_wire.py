@@ -1,5 +1,6 @@
 """A wire that encodes nothing: the same federation, and bytes that are counted."""
 
+import math
 import pickle
 import re
 
@@ -94,10 +95,33 @@ def test_what_comes_is_not_trusted_more_than_bytes():
     with pytest.raises(PayloadError, match="expected an update that was not encoded, got bytes"):
         CountingWire().decode(b"FSP", schema=schema, reference=DENSE)
     broken = Uncoded(SparseUpdate({"w": torch.tensor([1.0, float("nan")])}, DENSE))
-    with pytest.raises(PayloadError, match="'w' holds values that are not finite"):
-        CountingWire().decode(broken, schema=schema, reference=DENSE)
     with pytest.raises(PayloadError, match="expected bytes, got Uncoded"):
         Wire().decode(broken, schema=schema, reference=DENSE)
+
+
+@pytest.mark.parametrize(
+    ("weight", "variance", "sentences"),
+    [
+        (1.0, 1.0, []),
+        (math.nan, 1.0, ["'w' holds values that are not finite, 1 of 4"]),
+        (math.inf, 1.0, ["'w' holds values that are not finite, 1 of 4"]),
+        (1.0, math.nan, ["'var' holds values that are not finite, 1 of 2"]),
+        (1.0, math.inf, []),
+    ],
+)
+def test_what_is_not_finite_is_refused_as_where_it_is_encoded(weight, variance, sentences):
+    weights = {"w": torch.tensor([[1.0, 2.0], [weight, 3.0]]).T}
+    buffers = {"var": torch.tensor([variance, 1.0]), "steps": torch.tensor(3)}
+    update = SparseUpdate(weights, DENSE, buffers=buffers)
+    schema = Schema.of(weights, buffers)
+    refused = []
+    for wire in (CountingWire(), Wire()):
+        message, _ = wire.encode_upload(update, {}, schema=schema, reference=DENSE, seed=0)
+        try:
+            wire.decode(message, schema=schema, reference=DENSE)
+        except PayloadError as error:
+            refused.append(str(error))
+    assert refused == 2 * sentences
 
 
 def test_a_fault_in_the_bytes_needs_bytes():
