@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal, TypeAlias
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_fedsparse.capacities import require_capacity
 from lightning_fedsparse.clients import Client
 from lightning_fedsparse.data import FederatedDataModule
+from lightning_fedsparse.generators import own_generators
 from lightning_fedsparse.quiet import QUIET_TRAINER, quiet_lightning
+from lightning_fedsparse.seeding import derive_seed
 
 __all__ = ["Evaluation", "Evaluator", "evaluate", "evaluate_clients", "recalibrate"]
 
@@ -65,15 +68,23 @@ class Evaluator:
         data: The federation's data; its own loaders are for the global model.
         evaluation: When and on what.
         trainer: Keyword arguments of the clients' Trainer, for its accelerator, precision and the like.
+        seed: Of the federation.
     """
 
     def __init__(
-        self, module: pl.LightningModule, data: FederatedDataModule, evaluation: Evaluation, trainer: Mapping[str, Any]
+        self,
+        module: pl.LightningModule,
+        data: FederatedDataModule,
+        evaluation: Evaluation,
+        trainer: Mapping[str, Any],
+        *,
+        seed: int,
     ) -> None:
         self._module = module
         self._data = data
         self._evaluation = evaluation
         self._trainer = trainer
+        self._seed = seed
         self._on_all = evaluation.split == "test" or (evaluation.split == "validation" and bool(data.val_dataloader()))
         if evaluation.split == "validation" and not self._on_all and not evaluation.clients:
             warnings.warn(
@@ -86,16 +97,22 @@ class Evaluator:
         """Whether to evaluate after ``done`` of ``total`` rounds."""
         return (self._on_all or self._evaluation.clients) and self._evaluation.is_due(done, total)
 
-    def run(self, load: Load) -> dict[str, float]:
-        """Metrics of the global model; the module then holds whatever was evaluated last."""
+    def run(self, load: Load, done: int) -> dict[str, float]:
+        """Metrics of the global model after ``done`` rounds; the module then holds whatever was evaluated last.
+
+        What a step or a loader draws follows from the seed and the round, and is the same for every capacity.
+        """
         metrics: dict[str, float] = {}
+        seed = derive_seed(self._seed, "evaluation", done)
         for capacity in (None, *self._evaluation.capacities) if self._on_all else ():
             assert self._evaluation.split != "none"
             load(capacity)
-            found = evaluate(self._module, self._data, self._evaluation.split, self._trainer)
+            with own_generators(seed):
+                found = evaluate(self._module, self._data, self._evaluation.split, self._trainer)
             metrics |= {f"{name}{_at(capacity)}": value for name, value in found.items()}
         if self._evaluation.clients:
-            metrics |= evaluate_clients(self._module, self._data, self._trainer, load)
+            with own_generators(seed):
+                metrics |= evaluate_clients(self._module, self._data, self._trainer, load)
         return metrics
 
 
@@ -153,8 +170,7 @@ def recalibrate(
     The averages are cumulative over all batches (static BatchNorm: Diao et al., "HeteroFL", ICLR 2021, section 3), and
     the batches go through the user's own ``validation_step``, so that any batch layout works; ``seed`` fixes their order.
     """
-    with isolate_rng():
-        torch.manual_seed(seed)
+    with own_generators(seed), _cumulative(_batch_norms(module)):
         _validate(module, _TrainingData(clients), trainer, [_Recalibration()])
 
 
@@ -171,28 +187,27 @@ class _TrainingData:
 class _Recalibration(pl.Callback):
     """BatchNorm layers gather statistics, everything else evaluates."""
 
-    def __init__(self) -> None:
-        self._momenta: dict[str, float | None] = {}
-
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for name, layer in _batch_norms(pl_module).items():
-            self._momenta[name] = layer.momentum
+        for layer in _batch_norms(pl_module):
+            layer.train()  # Lightning puts modes back at the end
+
+
+@contextmanager
+def _cumulative(layers: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Have statistics start anew, and average over all batches alike."""
+    momenta = [layer.momentum for layer in layers]
+    try:
+        for layer in layers:
             layer.reset_running_stats()
             layer.momentum = None
-            layer.train()
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for name, layer in _batch_norms(pl_module).items():
-            layer.momentum = self._momenta[name]
-            layer.eval()
+        yield
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
 
 
-def _batch_norms(module: nn.Module) -> dict[str, nn.modules.batchnorm._BatchNorm]:
-    return {
-        name: layer
-        for name, layer in module.named_modules()
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.track_running_stats
-    }
+def _batch_norms(module: nn.Module) -> list[_BatchNorm]:
+    return [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
 
 
 def _validate_client(module: pl.LightningModule, client: Client, trainer: Mapping[str, Any]) -> dict[str, float]:

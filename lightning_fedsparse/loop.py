@@ -368,7 +368,7 @@ class FederatedLoop:
         run.ranks.require_same("the same weights and masks", run.federation.digest)
         evaluated = {}
         if run.ranks.rank == 0 and run.evaluator.is_due(done, self.rounds):
-            evaluated = run.evaluator.run(run.model.load_measured)
+            evaluated = run.evaluator.run(run.model.load_measured, done)
         evaluated, seconds = run.ranks.share((evaluated, time.perf_counter() - started))[0]
         record = tally.record(
             done,

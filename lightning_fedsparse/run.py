@@ -80,7 +80,7 @@ class Run:
         self.model = GlobalModel(model, self.federation, data, trainer, measured=measured, seed=loop.seed, ranks=ranks)
         # a cohort larger than the population is an error now, not after the first evaluation
         loop.faults.check_population(loop.clients_per_round, len(data.client_ids))
-        self.evaluator = Evaluator(model, data, loop.evaluation, trainer)
+        self.evaluator = Evaluator(model, data, loop.evaluation, trainer, seed=loop.seed)
         loop.wire.check(self.methods, data.client_ids)
         self.worker = ClientWorker(
             model,

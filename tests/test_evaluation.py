@@ -1,15 +1,19 @@
 """What is measured between rounds: on whose data, with which generators, and what a limit or a NaN does to it."""
 
 import math
+import random
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from lightning_fedsparse import FederatedDataModule
+from lightning_fedsparse import FederatedDataModule, FederatedLoop
 from lightning_fedsparse.capacities import CapacityMapping
-from lightning_fedsparse.evaluation import evaluate_clients
+from lightning_fedsparse.clients import Client
+from lightning_fedsparse.evaluation import Evaluation, evaluate_clients, recalibrate
+from tests.test_loop import Net, clients
 
 NAN = math.nan
 
@@ -63,3 +67,96 @@ def test_a_metric_that_no_client_of_a_level_has_is_not_reported_for_that_level()
         "clients/said/min@0.5": 5.0,
     }
     assert over_clients([[NAN], [NAN]]) == ONE
+
+
+def draw():
+    return torch.rand(()).item() + np.random.rand() + random.random()
+
+
+def generators():
+    return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
+
+
+class Draws(Net):
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        self.log("drawn", draw())
+
+
+class Same(pl.LightningDataModule):
+    """The same examples for training and validation."""
+
+    def __init__(self, examples):
+        super().__init__()
+        self.examples = examples
+
+    def train_dataloader(self):
+        return DataLoader(self.examples, batch_size=8, shuffle=True)
+
+    def val_dataloader(self):
+        return DataLoader(self.examples, batch_size=8)
+
+
+def fit(folder, rounds, *, model=Draws, ckpt_path=None, **arguments):
+    torch.manual_seed(0)
+    parts = clients()
+    data = FederatedDataModule(
+        {name: Same(part) for name, part in parts.items()}, evaluation=Same(parts["c0"]), seed=3
+    )
+    arguments = {"evaluation": Evaluation(clients=True), "seed": 3, "default_root_dir": folder, **arguments}
+    loop = FederatedLoop(rounds, 4, console=False, **arguments)
+    module = model()
+    loop.fit(module, data, ckpt_path)
+    return loop, module
+
+
+def test_what_an_evaluation_draws_is_the_same_after_a_resume(tmp_path):
+    whole, _ = fit(tmp_path / "whole", 3)
+    fit(tmp_path / "cut", 2)
+    for _ in range(5):
+        draw()
+    before = generators()
+    cut, _ = fit(tmp_path / "cut", 3, ckpt_path="last")
+    metrics = [record.metrics for record in whole.history]
+    assert [record.metrics for record in cut.history] == metrics
+    assert len({row["drawn"] for row in metrics}) == len(metrics)
+    assert generators()[1:] == before[1:]  # fit seeds torch's
+
+
+class Noisy:
+    """Batches that come out of NumPy's generator."""
+
+    def __iter__(self):
+        return (torch.from_numpy(np.random.randn(4, 2).astype(np.float32)) for _ in range(3))
+
+
+class Normalizes(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm1d(2)
+        self.error = None
+
+    def validation_step(self, batch, batch_idx):
+        self.norm(batch)
+        if self.error is not None:
+            raise self.error
+
+
+def test_statistics_follow_from_the_seed_whatever_generator_the_data_draw_from():
+    model = Normalizes()
+    found = []
+    for seed in (1, 1, 2):
+        recalibrate(model, [Client("a", 12, Noisy)], {}, seed=seed)
+        found.append(model.norm.running_mean.tolist())
+        draw()
+    assert found[0] == found[1] != found[2]
+
+
+def test_statistics_that_cannot_be_measured_leave_momentum_and_generators_as_they_were():
+    model = Normalizes()
+    model.error = RuntimeError("sprung")
+    before = generators()
+    with pytest.raises(RuntimeError, match="sprung"):
+        recalibrate(model, [Client("a", 12, Noisy)], {}, seed=1)
+    assert model.norm.momentum == 0.1
+    assert generators() == before
