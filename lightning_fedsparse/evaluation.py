@@ -85,7 +85,10 @@ class Evaluator:
         self._evaluation = evaluation
         self._trainer = trainer
         self._seed = seed
-        self._on_all = evaluation.split == "test" or (evaluation.split == "validation" and bool(data.val_dataloader()))
+        # a loader itself is not asked: it need not have a length
+        self._on_all = evaluation.split == "test" or (
+            evaluation.split == "validation" and data.val_dataloader() not in (None, [])
+        )
         if evaluation.split == "validation" and not self._on_all and not evaluation.clients:
             warnings.warn(
                 "the global model is not evaluated: evaluation has split='validation' and there is no validation data; give "

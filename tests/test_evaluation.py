@@ -7,12 +7,13 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_fedsparse import FederatedDataModule, FederatedLoop
 from lightning_fedsparse.capacities import CapacityMapping
 from lightning_fedsparse.clients import Client
-from lightning_fedsparse.evaluation import Evaluation, evaluate_clients, recalibrate
+from lightning_fedsparse.evaluation import Evaluation, Evaluator, evaluate_clients, recalibrate
 from tests.test_loop import Net, clients
 
 NAN = math.nan
@@ -69,6 +70,42 @@ def test_a_metric_that_no_client_of_a_level_has_is_not_reported_for_that_level()
     assert over_clients([[NAN], [NAN]]) == ONE
 
 
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([1.0, 3.0])
+
+
+class WithLoaders(pl.LightningDataModule):
+    def __init__(self, loaders):
+        super().__init__()
+        self.loaders = loaders
+
+    def val_dataloader(self):
+        return self.loaders
+
+
+def evaluator(loaders):
+    data = FederatedDataModule({"c0": DataLoader(torch.zeros(1))}, evaluation=WithLoaders(loaders))
+    return Evaluator(Says(), data, Evaluation(), {}, seed=0)
+
+
+@pytest.mark.parametrize(
+    "loaders",
+    [DataLoader(Stream()), CombinedLoader(DataLoader(torch.tensor([1.0, 3.0])), "sequential")],
+    ids=["without a length", "combined"],
+)
+def test_validation_loaders_need_no_length(loaders):
+    evaluates = evaluator(loaders)
+    assert evaluates.is_due(0, 1)
+    assert evaluates.run(lambda capacity: None, 0) == {"said": 2.0, "one": 1.0}
+
+
+@pytest.mark.parametrize("loaders", [None, []])
+def test_without_validation_loaders_nothing_is_evaluated(loaders):
+    with pytest.warns(UserWarning, match="the global model is not evaluated"):
+        assert not evaluator(loaders).is_due(0, 1)
+
+
 def draw():
     return torch.rand(()).item() + np.random.rand() + random.random()
 
@@ -100,9 +137,7 @@ class Same(pl.LightningDataModule):
 def fit(folder, rounds, *, model=Draws, ckpt_path=None, **arguments):
     torch.manual_seed(0)
     parts = clients()
-    data = FederatedDataModule(
-        {name: Same(part) for name, part in parts.items()}, evaluation=Same(parts["c0"]), seed=3
-    )
+    data = FederatedDataModule({name: Same(part) for name, part in parts.items()}, evaluation=Same(parts["c0"]), seed=3)
     arguments = {"evaluation": Evaluation(clients=True), "seed": 3, "default_root_dir": folder, **arguments}
     loop = FederatedLoop(rounds, 4, console=False, **arguments)
     module = model()
