@@ -217,7 +217,8 @@ def _validate_client(module: pl.LightningModule, client: Client, trainer: Mappin
     loader = client.val_loader()
     if loader is None:
         raise ValueError(
-            f"expected validation data of every client, client {client.id!r} has none: set validation_fraction"
+            f"expected validation data of every client, client {client.id!r} has none: set validation_fraction, or give "
+            "each client a LightningDataModule with a val_dataloader"
         )
     return _validate(module, loader, trainer, [])
 

@@ -125,7 +125,10 @@ def test_evaluation_on_every_clients_own_validation_data():
     loop, _ = run(1, data=data, evaluation=Evaluation(clients=True))
     metrics = loop.history[-1].metrics
     assert metrics["clients/val_loss/min"] <= metrics["clients/val_loss/mean"]
-    with pytest.raises(ValueError, match="client 'c0' has none: set validation_fraction"):
+    wanted = (
+        "client 'c0' has none: set validation_fraction, or give each client a LightningDataModule with a val_dataloader"
+    )
+    with pytest.raises(ValueError, match=wanted):
         run(1, data=evaluated(), evaluation=Evaluation(clients=True))
 
 
