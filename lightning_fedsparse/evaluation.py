@@ -130,9 +130,9 @@ def evaluate(
     Returns:
         The metrics that the module logged.
     """
+    runner = _trainer(trainer)
+    run = runner.validate if split == "validation" else runner.test
     with quiet_lightning():
-        runner = _trainer(trainer)
-        run = runner.validate if split == "validation" else runner.test
         run(module, datamodule=data, verbose=False)
     data.trainer = None  # it would travel to worker processes with the data
     return _scalars(runner.callback_metrics)
@@ -151,13 +151,14 @@ def evaluate_clients(
     Raises:
         ValueError: If a client has no validation data.
     """
+    runner = _trainer(trainer)  # to build one takes longer than many a client's evaluation
     members: dict[float | None, list[str]] = {}
     for client_id in data.client_ids:
         members.setdefault(data.client(client_id).capacity, []).append(client_id)
     rows: dict[float | None, list[dict[str, float]]] = {}
     for capacity, client_ids in members.items():
         load(capacity)
-        rows[capacity] = [_validate_client(module, data.client(client_id), trainer) for client_id in client_ids]
+        rows[capacity] = [_validate_client(runner, module, data.client(client_id)) for client_id in client_ids]
     summary = _over_clients([row for level in rows.values() for row in level])
     if len(rows) > 1:
         for capacity, level in rows.items():
@@ -173,8 +174,9 @@ def recalibrate(
     The averages are cumulative over all batches (static BatchNorm: Diao et al., "HeteroFL", ICLR 2021, section 3), and
     the batches go through the user's own ``validation_step``, so that any batch layout works; ``seed`` fixes their order.
     """
+    runner = _trainer(trainer, [_Recalibration()])
     with own_generators(seed), _cumulative(_batch_norms(module)):
-        _validate(module, _TrainingData(clients), trainer, [_Recalibration()])
+        _validate(runner, module, _TrainingData(clients))
 
 
 class _TrainingData:
@@ -213,14 +215,14 @@ def _batch_norms(module: nn.Module) -> list[_BatchNorm]:
     return [layer for layer in module.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
 
 
-def _validate_client(module: pl.LightningModule, client: Client, trainer: Mapping[str, Any]) -> dict[str, float]:
+def _validate_client(runner: pl.Trainer, module: pl.LightningModule, client: Client) -> dict[str, float]:
     loader = client.val_loader()
     if loader is None:
         raise ValueError(
             f"expected validation data of every client, client {client.id!r} has none: set validation_fraction, or give "
             "each client a LightningDataModule with a val_dataloader"
         )
-    return _validate(module, loader, trainer, [])
+    return _validate(runner, module, loader)
 
 
 def _over_clients(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -239,11 +241,8 @@ def _at(capacity: float | None) -> str:
     return "" if capacity is None else f"@{capacity:g}"
 
 
-def _validate(
-    module: pl.LightningModule, loader: Iterable[Any], trainer: Mapping[str, Any], callbacks: list[pl.Callback]
-) -> dict[str, float]:
+def _validate(runner: pl.Trainer, module: pl.LightningModule, loader: Iterable[Any]) -> dict[str, float]:
     with quiet_lightning():
-        runner = _trainer(trainer, callbacks)
         runner.validate(module, dataloaders=loader, verbose=False)
     return _scalars(runner.callback_metrics)
 
@@ -253,7 +252,8 @@ def _trainer(trainer: Mapping[str, Any], callbacks: list[pl.Callback] | None = N
     arguments = {**QUIET_TRAINER, **trainer, "callbacks": callbacks, "logger": False}
     if arguments["limit_val_batches"] == 0:
         del arguments["limit_val_batches"]
-    return pl.Trainer(**arguments)
+    with quiet_lightning():
+        return pl.Trainer(**arguments)
 
 
 def _scalars(metrics: Mapping[str, Tensor]) -> dict[str, float]:

@@ -70,6 +70,35 @@ def test_a_metric_that_no_client_of_a_level_has_is_not_reported_for_that_level()
     assert over_clients([[NAN], [NAN]]) == ONE
 
 
+class SaysSome(Says):
+    """Has one more metric for whoever has a 9."""
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        if 9 in batch:
+            self.log("nine", batch.max())
+
+
+def test_all_clients_are_evaluated_by_one_trainer_which_keeps_nothing_of_the_client_before(monkeypatch):
+    built = []
+    original = pl.Trainer.__init__
+
+    def count(self, *arguments, **keywords):
+        built.append(self)
+        original(self, *arguments, **keywords)
+
+    monkeypatch.setattr(pl.Trainer, "__init__", count)
+    data = federated([[1.0, 2.0, 3.0], [9.0], [1.0]])
+    assert evaluate_clients(SaysSome(), data, {}, lambda capacity: None) == {
+        "clients/said/mean": 4.0,
+        "clients/said/min": 1.0,
+        **ONE,
+        "clients/nine/mean": 9.0,
+        "clients/nine/min": 9.0,
+    }
+    assert len(built) == 1
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter([1.0, 3.0])
