@@ -38,6 +38,10 @@ class Evaluation:
         clients: Also evaluate on every client's own validation data, with the submodel of its capacity, and report mean
             and minimum over clients.
         capacities: Also evaluate the submodels of these capacities, trained or not, as ``NAME@CAPACITY``.
+
+    The limits among the clients' Trainer arguments hold here too: ``limit_val_batches`` and ``limit_test_batches`` cap what is
+    evaluated, of all data as of each client's. But with a ``limit_val_batches`` of 0, which keeps clients from validating
+    while they train, all is evaluated.
     """
 
     split: Literal["validation", "test", "none"] = "validation"
@@ -173,10 +177,14 @@ def recalibrate(
 
     The averages are cumulative over all batches (static BatchNorm: Diao et al., "HeteroFL", ICLR 2021, section 3), and
     the batches go through the user's own ``validation_step``, so that any batch layout works; ``seed`` fixes their order.
+    No limit of the Trainer arguments leaves any out.
     """
-    runner = _trainer(trainer, [_Recalibration()])
+    runner = _trainer({**trainer, **_ALL_BATCHES}, [_Recalibration()])
     with own_generators(seed), _cumulative(_batch_norms(module)):
         _validate(runner, module, _TrainingData(clients))
+
+
+_ALL_BATCHES = {"limit_val_batches": 1.0, "overfit_batches": 0.0}  # the clients' limits are for validation data
 
 
 class _TrainingData:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_fedsparse import FederatedDataModule, FederatedLoop
 from lightning_fedsparse.capacities import CapacityMapping
 from lightning_fedsparse.clients import Client
-from lightning_fedsparse.evaluation import Evaluation, Evaluator, evaluate_clients, recalibrate
+from lightning_fedsparse.evaluation import Evaluation, Evaluator, evaluate, evaluate_clients, recalibrate
 from tests.test_loop import Net, clients
 
 NAN = math.nan
@@ -68,6 +68,14 @@ def test_a_metric_that_no_client_of_a_level_has_is_not_reported_for_that_level()
         "clients/said/min@0.5": 5.0,
     }
     assert over_clients([[NAN], [NAN]]) == ONE
+
+
+@pytest.mark.parametrize(("limit", "said"), [(2, 2.0), (0.5, 2.0), (0, 5.0), (1.0, 5.0)])
+def test_the_clients_limits_cap_what_is_evaluated_but_for_one_of_0(limit, said):
+    numbers = [1.0, 3.0, 8.0, 8.0]
+    assert over_clients([numbers], {"limit_val_batches": limit})["clients/said/mean"] == said
+    data = FederatedDataModule({"c0": Own(*numbers)}, evaluation=Own(*numbers))
+    assert evaluate(Says(), data, "validation", {"limit_val_batches": limit})["said"] == said
 
 
 class SaysSome(Says):
@@ -214,6 +222,13 @@ def test_statistics_follow_from_the_seed_whatever_generator_the_data_draw_from()
         found.append(model.norm.running_mean.tolist())
         draw()
     assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize("limits", [{"limit_val_batches": 2}, {"limit_val_batches": 0.5}, {"overfit_batches": 1}])
+def test_statistics_are_of_all_training_batches_whatever_the_clients_limits(limits):
+    model = Normalizes()
+    recalibrate(model, [Client("a", 12, Noisy), Client("b", 12, Noisy)], limits)
+    assert model.norm.num_batches_tracked == 6
 
 
 def test_statistics_that_cannot_be_measured_leave_momentum_and_generators_as_they_were():
