@@ -179,7 +179,7 @@ def _load(folder: _RunFiles, built: Mapping[str, Any], module: Module, capacity:
 
 
 def _load_submodel(saved: dict[str, Any], arguments: Mapping[str, Any], module: nn.Module, capacity: float) -> None:
-    """What ``FederatedLoop.load_submodel`` writes, without the clients' data."""
+    """What ``FederatedLoop.load_submodel`` writes, but for statistics that it would measure: the clients' data are not here."""
     loop = FederatedLoop(**{**arguments, "default_root_dir": None})
     methods = [callback for callback in loop.callbacks if isinstance(callback, SparsityCallback)]
     federation = Federation(ServerState.of(module), ServerOptimizer(), methods=methods)

@@ -30,6 +30,7 @@ class Federation:
         broadcaster: Who holds which masks.
         methods: The sparsity callbacks, in the order in which they act.
         memories: What each client's callbacks remember, by client id.
+        cohort: Clients whose updates are in the last server step.
     """
 
     state: ServerState
@@ -37,6 +38,7 @@ class Federation:
     broadcaster: Broadcaster = field(default_factory=Broadcaster)
     methods: Sequence[SparsityCallback] = ()
     memories: ClientMemories = field(default_factory=HeldMemories)
+    cohort: list[str] = field(default_factory=list)
 
     def start(self, module: pl.LightningModule, seed: int) -> None:
         """Let every method make its server's state, before round 0 and before a checkpoint replaces it."""
@@ -60,6 +62,7 @@ class Federation:
             "callbacks": {method.state_key: method.state_dict() for method in self.methods},
             "optimizer": self.optimizer.state_dict(),
             "broadcaster": self.broadcaster.state_dict(),
+            "cohort": self.cohort,
             **self.memories.state_dict(),
         }
 
@@ -78,6 +81,7 @@ class Federation:
         )
         self.optimizer.load_state_dict(self.state, saved["optimizer"])
         self.broadcaster.load_state_dict(saved["broadcaster"])
+        self.cohort = saved.get("cohort", [])  # checkpoints once had none
         self.memories.load_state_dict(saved)
         for method in self.methods:
             method.on_server_resume(self.state)

@@ -20,6 +20,8 @@ __all__ = ["GlobalModel"]
 class GlobalModel:
     """Writes the server's state into the user's module, as forward uses it.
 
+    Where statistics are measured anew, a submodel gets its own, which are not the whole model's, over the same clients' data.
+
     Args:
         module: The user's.
         federation: Whose state it is, and whose methods make effective weights of it.
@@ -48,15 +50,14 @@ class GlobalModel:
         self._measured = measured
         self._seed = seed
         self._ranks = ranks
-        self._cohort: Sequence[str] = ()
 
     def end_round(self, cohort: Sequence[str]) -> None:
         """Take in which clients trained it last, and measure its statistics over their data where that is asked for."""
-        self._cohort = cohort
+        self._federation.cohort = list(cohort)
         if self._measured:
             if self._ranks.rank == 0:
                 self.load()
-                self._measure()
+                self._measure(self._module)
             buffers = ServerState.of(self._module).buffers
             self._federation.state.buffers = self._ranks.deal([buffers] * self._ranks.size)
 
@@ -64,19 +65,15 @@ class GlobalModel:
         """Write the global model, or its submodel of a capacity, into the user's module."""
         self.load_into(self._module, capacity)
 
-    def load_measured(self, capacity: float | None) -> None:
-        """The same with statistics of its own, where those are measured: a submodel's are not the whole model's."""
-        self.load(capacity)
-        if capacity is not None and self._measured and self._cohort:
-            self._measure()
-
     def load_into(self, module: pl.LightningModule, capacity: float | None) -> None:
         """Write the global model, or its submodel of a capacity, into a module of the same names."""
         self._federation.state.load_into(module)
         for method in self._federation.methods:
             method.to_effective_(dict(module.named_parameters()), capacity)
+        if capacity is not None and self._measured and self._federation.cohort:
+            self._measure(module)
 
-    def _measure(self) -> None:
-        clients = [self._data.client(client_id) for client_id in self._cohort]
-        seed = derive_seed(self._seed, "statistics", *self._cohort)
-        recalibrate(self._module, clients, self._trainer, seed=seed)
+    def _measure(self, module: pl.LightningModule) -> None:
+        cohort = self._federation.cohort
+        clients = [self._data.client(client_id) for client_id in cohort]
+        recalibrate(module, clients, self._trainer, seed=derive_seed(self._seed, "statistics", *cohort))

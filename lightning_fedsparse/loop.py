@@ -235,9 +235,13 @@ class FederatedLoop:
         return self._begun().federation.state
 
     def load_submodel(self, model: pl.LightningModule, capacity: float) -> None:
-        """After ``fit``: write the global model's submodel of a capacity into a module, as a client of it uses it."""
+        """After ``fit``: write the global model's submodel of a capacity into a module, as a client of it uses it.
+
+        With ``buffers="recalibrate"`` it gets BatchNorm statistics of its own, over the last cohort's data, as it is evaluated.
+        """
         require_capacity(capacity, "of the submodel")
-        self._begun().model.load_into(model, capacity)
+        with torch_threads(self.threads):
+            self._begun().model.load_into(model, capacity)
 
     def _begun(self) -> Run:
         if not hasattr(self, "_run"):
@@ -368,7 +372,7 @@ class FederatedLoop:
         run.ranks.require_same("the same weights and masks", run.federation.digest)
         evaluated = {}
         if run.ranks.rank == 0 and run.evaluator.is_due(done, self.rounds):
-            evaluated = run.evaluator.run(run.model.load_measured, done)
+            evaluated = run.evaluator.run(run.model.load, done)
         evaluated, seconds = run.ranks.share((evaluated, time.perf_counter() - started))[0]
         record = tally.record(
             done,

@@ -11,9 +11,13 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_fedsparse import FederatedDataModule, FederatedLoop
+from lightning_fedsparse.callbacks import fiarse
 from lightning_fedsparse.capacities import CapacityMapping
 from lightning_fedsparse.clients import Client
 from lightning_fedsparse.evaluation import Evaluation, Evaluator, evaluate, evaluate_clients, recalibrate
+from lightning_fedsparse.executors import LocalExecutor
+from lightning_fedsparse.faults import FaultPolicy
+from lightning_fedsparse.testing import Fault, FaultyExecutor
 from tests.test_loop import Net, clients
 
 NAN = math.nan
@@ -239,3 +243,45 @@ def test_statistics_that_cannot_be_measured_leave_momentum_and_generators_as_the
         recalibrate(model, [Client("a", 12, Noisy)], {}, seed=1)
     assert model.norm.momentum == 0.1
     assert generators() == before
+
+
+def measured(folder, rounds, ckpt_path=None):
+    """A run whose submodels have statistics of their own, and whose third round is skipped."""
+    faulty = FaultyExecutor(LocalExecutor(), lambda index, client_id: Fault.DROPPED if index == 2 else None)
+    return fit(
+        folder,
+        rounds,
+        model=Net,
+        ckpt_path=ckpt_path,
+        callbacks=fiarse(0.5),
+        buffers="recalibrate",
+        evaluation=Evaluation(capacities=[0.25]),
+        executor=faulty,
+        faults=FaultPolicy(when_fewer="skip"),
+    )
+
+
+def submodel(loop):
+    model = Net()
+    loop.load_submodel(model, 0.25)
+    return model
+
+
+def test_the_submodel_that_is_handed_out_is_the_one_that_was_evaluated(tmp_path):
+    loop, whole = measured(tmp_path, 2)
+    model = submodel(loop)
+    data = FederatedDataModule({"c0": Same(clients()["c0"])}, evaluation=Same(clients()["c0"]))
+    assert loop.validate(model, data)["val_loss"] == loop.history[-1].metrics["val_loss@0.25"]
+    assert not torch.equal(model.norm.running_mean, whole.norm.running_mean)
+    assert model.training
+
+
+def test_a_resumed_run_measures_submodels_over_the_same_clients_as_an_uninterrupted_one(tmp_path):
+    whole, _ = measured(tmp_path / "whole", 3)
+    assert [record.skipped for record in whole.history] == [False, False, False, True]
+    measured(tmp_path / "cut", 2)
+    cut, _ = measured(tmp_path / "cut", 3, "last")
+    assert [record.metrics for record in cut.history] == [record.metrics for record in whole.history]
+    # a run that is over already, too
+    again, _ = measured(tmp_path / "whole", 3, "last")
+    assert torch.equal(submodel(again).norm.running_mean, submodel(whole).norm.running_mean)
