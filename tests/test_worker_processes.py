@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from lightning_fedsparse import FederatedDataModule
 from lightning_fedsparse.callbacks import SparsityCallback
 from lightning_fedsparse.executors import LocalExecutor, ProcessExecutor
+from lightning_fedsparse.executors.worker_process import ClientTask
 from tests.failing_clients import assert_same, run, weights
 from tests.test_loop import Net, clients
 
@@ -91,3 +92,33 @@ def test_a_memory_that_cannot_come_back():
 def test_workers_that_take_too_long_to_start():
     with pytest.raises(RuntimeError, match="^expected a worker process to start within 0.01 seconds$"):
         run(per_round=1, rounds=1, executor=ProcessExecutor(1, start_timeout=0.01))
+
+
+@pytest.mark.parametrize(
+    ("environment", "cores"),
+    [
+        ({}, [1, 3]),
+        ({"WORLD_SIZE": "3", "RANK": "0", "LOCAL_RANK": "0"}, [1, 3]),
+        ({"WORLD_SIZE": "3", "RANK": "1", "LOCAL_RANK": "1"}, [5, 7]),
+        ({"WORLD_SIZE": "3", "RANK": "2", "LOCAL_RANK": "2"}, [9, 1]),  # there are no more
+        ({"WORLD_SIZE": "3", "RANK": "2", "LOCAL_RANK": "0"}, [1, 3]),  # of another machine
+    ],
+)
+def test_workers_of_all_ranks_of_a_machine_are_kept_on_cores_of_their_own(environment, cores, monkeypatch):
+    started = []
+
+    class Started:
+        task = None
+
+        def __init__(self, pickled, core, timeout):
+            started.append(core)
+
+    monkeypatch.setattr("lightning_fedsparse.executors.processes.WorkerProcess", Started)
+    monkeypatch.setattr("lightning_fedsparse.executors.processes.pickled", lambda worker: None)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {1, 3, 5, 7, 9}, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    executor = ProcessExecutor(2, pin=True)
+    executor._use(None)
+    executor._start_for([ClientTask(None, None), ClientTask(None, None)])
+    assert started == cores

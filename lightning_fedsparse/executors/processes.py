@@ -25,6 +25,7 @@ from lightning_fedsparse.executors.local import Executor, Outcome
 from lightning_fedsparse.executors.sharing import SharedUpdate
 from lightning_fedsparse.executors.worker_process import ClientTask, WorkerProcess, pickled
 from lightning_fedsparse.failures import FailureReason
+from lightning_fedsparse.launching import environment_local_rank
 from lightning_fedsparse.update import SparseUpdate
 
 __all__ = ["ProcessExecutor"]
@@ -38,7 +39,7 @@ class ProcessExecutor(Executor):
 
     Args:
         workers: Processes, at least 1.
-        pin: Keep each worker on a core of its own, as far as there are cores.
+        pin: Keep each worker on a core of its own, among those of all ranks on the machine, as far as there are cores.
         timeout: Seconds that one client's round may take before its worker is taken for hung and ended, above 0.
         start_timeout: Seconds that a worker may take to start, above 0.
 
@@ -127,7 +128,8 @@ class ProcessExecutor(Executor):
     def _start(self, number: int) -> WorkerProcess:
         assert self._pickled is not None
         cores = sorted(os.sched_getaffinity(0)) if self.pin and hasattr(os, "sched_getaffinity") else []
-        core = cores[number % len(cores)] if cores else None
+        # under torchrun, the workers of the ranks before this one on its machine have the first cores
+        core = cores[(environment_local_rank() * self.workers + number) % len(cores)] if cores else None
         return WorkerProcess(self._pickled[1], core, self.start_timeout)
 
     def _give_out(self, tasks: list[ClientTask]) -> None:
