@@ -7,9 +7,12 @@ import pytest
 from torch.utils.data import DataLoader
 
 from lightning_fedsparse import FederatedDataModule
+from lightning_fedsparse.bounded_reading import PayloadError
 from lightning_fedsparse.callbacks import SparsityCallback
+from lightning_fedsparse.client import ClientWorker
 from lightning_fedsparse.executors import LocalExecutor, ProcessExecutor
 from lightning_fedsparse.executors.worker_process import ClientTask
+from lightning_fedsparse.failures import TooFewClientsError
 from tests.failing_clients import assert_same, run, weights
 from tests.test_loop import Net, clients
 
@@ -87,6 +90,34 @@ def test_a_memory_that_cannot_come_back():
         match="^expected what client 'c[0-9]' remembers to be sent from its worker process, got what can't be pickled: ",
     ):
         run(callbacks=[RemembersAFunction()], per_round=1, rounds=1, executor=one_worker())
+
+
+def unreadable(monkeypatch, *names):
+    original = ClientWorker.receive
+
+    def receive(self, job):
+        if job.client_id in names:
+            raise PayloadError("expected a broadcast that can be read")
+        return original(self, job)
+
+    monkeypatch.setattr(ClientWorker, "receive", receive)
+
+
+@pytest.mark.parametrize("names", [("c0", "c1"), ("c2", "c5")])
+def test_a_broadcast_that_cannot_be_read_costs_the_round_its_client_wherever_it_runs(names, monkeypatch):
+    unreadable(monkeypatch, *names)
+    found, expected = (run(per_round=6, rounds=2, executor=executor) for executor in (one_worker(), LocalExecutor()))
+    assert_same(weights(found), weights(expected))
+    assert [record.failures for record in found.history] == [record.failures for record in expected.history]
+    assert {*found.history[1].failures} == {*names}
+
+
+def test_without_any_broadcast_that_can_be_read_no_worker_starts(monkeypatch):
+    unreadable(monkeypatch, *clients())
+    monkeypatch.setattr("lightning_fedsparse.executors.processes.WorkerProcess", None)
+    with pytest.raises(TooFewClientsError) as raised:
+        run(executor=one_worker())
+    assert isinstance(raised.value.__cause__, PayloadError)
 
 
 def test_workers_that_take_too_long_to_start():

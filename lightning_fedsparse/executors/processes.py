@@ -15,20 +15,24 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import wait
+from typing import TypeAlias
 
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_fedsparse.client import ClientJob, ClientResult, ClientWorker
-from lightning_fedsparse.executors.local import Executor, Outcome
+from lightning_fedsparse.executors.local import Executor, Outcome, attempt
 from lightning_fedsparse.executors.sharing import SharedUpdate
 from lightning_fedsparse.executors.worker_process import ClientTask, WorkerProcess, pickled
-from lightning_fedsparse.failures import FailureReason
+from lightning_fedsparse.failures import FailedClient, FailureReason
 from lightning_fedsparse.launching import environment_local_rank
 from lightning_fedsparse.update import SparseUpdate
 
 __all__ = ["ProcessExecutor"]
+
+_Shared: TypeAlias = OrderedDict[int, tuple[SparseUpdate, SharedUpdate]]
 
 _KEPT_BROADCASTS = 4  # in shared memory; in a round clients of one capacity mostly get the same
 _TRIES = 3  # of one client round whose worker dies
@@ -79,21 +83,17 @@ class ProcessExecutor(Executor):
         source = iter(jobs)
         window: dict[int, ClientTask] = {}
         read, given = 0, 0
-        shared: OrderedDict[int, tuple[SparseUpdate, SharedUpdate]] = OrderedDict()
+        shared: _Shared = OrderedDict()
         while True:
             while len(window) < 2 * self.workers and (job := next(source, None)) is not None:
-                broadcast = worker.receive(job)
-                if id(broadcast) not in shared:
-                    shared[id(broadcast)] = broadcast, SharedUpdate.of(broadcast)
-                    if len(shared) > _KEPT_BROADCASTS:
-                        shared.popitem(last=False)
-                window[read] = ClientTask(replace(job, payload=b""), shared[id(broadcast)][1])
+                window[read] = _received(worker, job, shared)
                 read += 1
             if not window:
                 return
-            self._start_for(list(window.values()))
-            self._give_out(list(window.values()))
-            self._collect()
+            if window[given].result is None:
+                self._start_for(list(window.values()))
+                self._give_out(list(window.values()))
+                self._collect()
             while given in window and window[given].result is not None:
                 result = window.pop(given).result
                 assert result is not None
@@ -208,3 +208,15 @@ class ProcessExecutor(Executor):
             )
         number = self._processes.index(process)
         self._processes[number] = self._start(number)
+
+
+def _received(worker: ClientWorker, job: ClientJob, shared: _Shared) -> ClientTask:
+    """A job with its broadcast in shared memory; one whose broadcast can't be read has failed."""
+    broadcast = attempt(job, partial(worker.receive, job))
+    if isinstance(broadcast, FailedClient):
+        return ClientTask(job, None, result=broadcast)
+    if id(broadcast) not in shared:
+        shared[id(broadcast)] = broadcast, SharedUpdate.of(broadcast)
+        if len(shared) > _KEPT_BROADCASTS:
+            shared.popitem(last=False)
+    return ClientTask(replace(job, payload=b""), shared[id(broadcast)][1])

@@ -34,10 +34,10 @@ __all__ = ["ClientTask", "WorkerProcess", "pickled"]
 
 @dataclass
 class ClientTask:
-    """One client's round: where it stands."""
+    """One client's round: where it stands; without a broadcast if that could not be read, which is then its result."""
 
     job: ClientJob
-    broadcast: SharedUpdate
+    broadcast: SharedUpdate | None
     running: bool = False
     deaths: int = 0
     result: Outcome | None = None
