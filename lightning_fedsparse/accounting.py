@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 
 from torch import Tensor
 
@@ -84,13 +84,12 @@ class Traffic:
     @classmethod
     def sum(cls, parts: Iterable[Traffic]) -> Traffic:
         """Everything together."""
-        total = Counter[str]()
+        parts = list(parts)
+        counts = [count.name for count in fields(cls) if count.name != "codings"]
         codings = Counter[str]()
         for part in parts:
-            row = asdict(part)
-            codings.update(row.pop("codings"))
-            total.update(row)
-        return cls(**total, codings=dict(codings))
+            codings.update(part.codings)
+        return cls(**{count: sum(getattr(part, count) for part in parts) for count in counts}, codings=dict(codings))
 
 
 @dataclass(frozen=True)

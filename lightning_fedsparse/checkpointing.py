@@ -49,18 +49,22 @@ class Checkpointing:
         return done % self.every_n_rounds == 0 or done == total
 
     def best(self, saved: Iterable[int], history: Mapping[int, RoundRecord]) -> list[int]:
-        """Which of the saved rounds stay, best first.
+        """Which of the saved rounds stay, best first; in their order where all do.
 
         Args:
-            saved: Rounds that have, or may have, a checkpoint of their own.
+            saved: Rounds that have a checkpoint of their own, and the last one, which may get one.
             history: The records so far, by round; a round that is not there does not stay.
         """
         if self.monitor is None:
             return []
+        known = sorted(number for number in saved if number in history)
+        if self.save_top_k == -1:
+            # those before had their number when they were saved; to look at all of them each time would be quadratic
+            return known if known and self.monitor in history[known[-1]].scalars else known[:-1]
         sign = 1 if self.mode == "min" else -1
-        values = {number: history[number].scalars.get(self.monitor) for number in saved if number in history}
+        values = {number: history[number].scalars.get(self.monitor) for number in known}
         ranked = sorted((sign * value, number) for number, value in values.items() if value is not None)
-        return [number for _, number in (ranked if self.save_top_k == -1 else ranked[: self.save_top_k])]
+        return [number for _, number in ranked[: self.save_top_k]]
 
     def require_monitor(self, history: Sequence[RoundRecord]) -> None:
         """Require the monitored number in a round's record.

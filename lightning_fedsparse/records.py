@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,8 @@ class RoundRecord:
     @property
     def scalars(self) -> dict[str, float]:
         """Everything that a logger can plot, flat; metrics under their own names."""
-        own = {name: value for name, value in asdict(self).items() if isinstance(value, int | float)}
+        values = {part.name: getattr(self, part.name) for part in fields(self)}
+        own = {name: value for name, value in values.items() if isinstance(value, int | float)}
         own.pop("round")
         own["skipped"] = int(self.skipped)
         for direction, traffic in (("down", self.traffic_down), ("up", self.traffic_up)):

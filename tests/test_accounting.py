@@ -1,4 +1,6 @@
 import math
+from dataclasses import MISSING, fields
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -63,6 +65,21 @@ def test_traffic_adds_up_and_refused_payloads_are_headers():
     both = Traffic.sum([refused, Traffic(total=7, positions=1, values=2, header=4, dense=100, bound=6)])
     assert both == Traffic(total=12, positions=1, values=2, header=9, dense=200, bound=6)
     assert Traffic.sum([]) == Traffic()
+
+
+def test_a_rounds_scalars_copy_no_client():
+    numbers = {part.name: 3 for part in fields(RoundRecord) if part.default is part.default_factory is MISSING}
+    clients = MappingProxyType({"a": None})  # which can't be copied
+    record = RoundRecord(**numbers, metrics={"loss": 0.5}, clients=clients, traffic_up=Traffic(bound=7))
+    assert record.scalars["bound_bytes_up"] == 7
+    assert record.scalars["loss"] == 0.5
+    assert record.scalars["skipped"] == 0
+    assert not {"round", "clients", "accept"} & record.scalars.keys()
+
+
+def test_traffic_is_added_up_without_copies():
+    codings = MappingProxyType({"gaps": 2})
+    assert Traffic.sum([Traffic(total=5, codings=codings)] * 2) == Traffic(total=10, codings={"gaps": 4})
 
 
 def test_histories_of_versions_that_did_not_count_can_be_read(tmp_path):

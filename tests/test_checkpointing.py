@@ -63,6 +63,19 @@ def test_a_monitored_number_that_no_round_has_is_named_after_the_first(tmp_path)
     assert [record.round for record in read_history(tmp_path / "history.jsonl")] == [0, 1]
 
 
+class Scalars:
+    def __init__(self, **scalars):
+        self.scalars = scalars
+
+
+def test_where_all_stay_only_the_last_round_is_looked_at():
+    keep = Checkpointing(monitor="loss", save_top_k=-1)
+    before = {1: None, 3: None}
+    assert keep.best({5, 1, 3, 7}, {**before, 5: Scalars(loss=0.1)}) == [1, 3, 5]  # 7 is not in the history
+    assert keep.best({5, 1, 3}, {**before, 5: Scalars(other=0.1)}) == [1, 3]
+    assert keep.best(set(), {}) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
