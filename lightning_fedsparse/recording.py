@@ -113,9 +113,10 @@ class Recorder:
         if not self._ranks.share(self.folder.is_due(record.round, total))[0]:
             return
         # memories in files are on the disk once their rank has given its state
-        held = self._ranks.gather(self._memories.state_dict()["memories"])
+        own = content()
+        held = self._ranks.gather(own["memories"])
         memories = {client_id: memory for part in held for client_id, memory in part.items()}
-        kept = self.folder.save(history, total, lambda: {**content(), "memories": memories})
+        kept = self.folder.save(history, total, lambda: {**own, "memories": memories})
         if kept:
             self._memories.saved(kept)  # on the first rank before the others, which may write the next memories
         kept = self._ranks.share(kept)[0]

@@ -15,9 +15,9 @@ import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,8 +27,7 @@ from lightning_fedsparse.memories import ClientMemories, Memory
 __all__ = ["SpilledMemories"]
 
 
-@dataclass(frozen=True)
-class _File:
+class _File(NamedTuple):
     """One memory on the disk, as a checkpoint refers to it.
 
     Args:
@@ -120,11 +119,11 @@ class SpilledMemories(ClientMemories):
         file = _File(self._done, _digest(content), len(content))
         if self._files.get(client_id) != file:
             self._write(client_id, file, content)
-            self.refer(client_id, astuple(file))
+            self.refer(client_id, file)
 
     def reference(self, client_id: str) -> Any | None:
         """See :meth:`ClientMemories.reference`."""
-        return astuple(self._files[client_id])
+        return tuple(self._files[client_id])
 
     def refer(self, client_id: str, reference: Any) -> None:
         """See :meth:`ClientMemories.refer`."""
@@ -160,8 +159,8 @@ class SpilledMemories(ClientMemories):
         if self._unsynced:
             _sync(self._path, self._unsynced)
             self._unsynced.clear()
-        files = {client_id: astuple(file) for client_id, file in self._files.items()}
-        former = [(old.client_id, astuple(old.file), old.until) for old in self._former]
+        files = {client_id: tuple(file) for client_id, file in self._files.items()}
+        former = [(old.client_id, tuple(old.file), old.until) for old in self._former]
         return {"memories": {}, "memory_files": {"done": self._done, "files": files, "former": former}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

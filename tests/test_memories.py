@@ -13,6 +13,7 @@ from lightning_fedsparse.checkpoint import load_checkpoint
 from lightning_fedsparse.checkpointing import Checkpointing
 from lightning_fedsparse.cli import main
 from lightning_fedsparse.executors import ProcessExecutor
+from lightning_fedsparse.memories import HeldMemories
 from lightning_fedsparse.spilled_memories import SpilledMemories
 from lightning_fedsparse.wire import Wire
 from tests.test_loop import QUIET, Net, clients, loaders
@@ -117,6 +118,17 @@ def test_a_checkpoint_refers_to_the_files(tmp_path):
     content = load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
     assert content["memories"] == {}
     assert list(content["memory_files"]["files"]) == list(loop.memories)
+
+
+@pytest.mark.parametrize("memories", [HeldMemories, SpilledMemories])
+def test_a_checkpoint_asks_for_the_memories_once(memories, tmp_path, monkeypatch):
+    asked = []
+    original = memories.state_dict
+    monkeypatch.setattr(memories, "state_dict", lambda self: asked.append(len(self)) or original(self))
+    loop, model = federation(memories(), tmp_path)
+    loop.fit(model, loaders(clients()))
+    assert len(asked) == len(loop.history)
+    assert asked[0] < asked[-1]
 
 
 def test_a_run_may_go_on_with_files(in_memory, tmp_path):
