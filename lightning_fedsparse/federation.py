@@ -81,7 +81,7 @@ class Federation:
         )
         self.optimizer.load_state_dict(self.state, saved["optimizer"])
         self.broadcaster.load_state_dict(saved["broadcaster"])
-        self.cohort = saved.get("cohort", [])  # checkpoints once had none
+        self.cohort = saved["cohort"]
         self.memories.load_state_dict(saved)
         for method in self.methods:
             method.on_server_resume(self.state)
