@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from typing_extensions import override
@@ -49,6 +49,8 @@ class CountingWire(Wire):
     def encode_upload(
         self, update: SparseUpdate, broadcast: Mapping[str, Tensor], *, schema: Schema, reference: MaskSet, seed: int
     ) -> tuple[Message, SparseUpdate]:
+        if isinstance(update.masks, MaskSet) and update.masks.id == reference.id:
+            return Uncoded(replace(update, masks={}), on_reference=True), update
         return Uncoded(update), update
 
     @override
@@ -58,6 +60,10 @@ class CountingWire(Wire):
         if not isinstance(message, Uncoded):
             raise PayloadError(f"expected an update that was not encoded, got {type(message).__name__}")
         update = message.update
+        if message.on_reference:
+            if reference is None:
+                raise PayloadError("expected the masks that an update leans on, got none")
+            update = replace(update, masks=reference)
         for tensors, infinities in ((update.values, False), (update.buffers, True)):
             for name, tensor in tensors.items():
                 check_values(tensor, repr(name), infinities=infinities)

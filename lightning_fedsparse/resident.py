@@ -143,6 +143,8 @@ def restored(module: pl.LightningModule) -> Iterator[None]:
         raise
     finally:
         for layer, training in modes:
-            layer.training = training
+            if layer.training != training:
+                layer.training = training
         for parameter, requires_grad in frozen:
-            parameter.requires_grad = requires_grad
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)

@@ -3,6 +3,7 @@
 import math
 import pickle
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -76,6 +77,29 @@ def test_it_pickles_as_it_is():
     assert copy.masks.id == masks.id
     assert (copy.num_examples, copy.metrics) == (7, {"train_loss": 0.5})
     copy.values["w"].zero_()  # it is the receiver's
+
+
+def test_masks_that_the_server_holds_do_not_travel():
+    mask = torch.zeros(100_000, dtype=torch.bool).index_fill_(0, torch.arange(0, 100_000, 50), True)
+    reference = MaskSet.of({"w": mask, "b": None})
+    update = SparseUpdate({"w": torch.ones(2_000), "b": torch.ones(3)}, reference)
+    schema = Schema.of({"w": torch.zeros(100_000), "b": torch.zeros(3)}, {})
+    wire = CountingWire()
+    message, read = wire.encode_upload(update, {}, schema=schema, reference=reference, seed=0)
+    assert read is update
+    assert len(pickle.dumps(message)) < 4 * 2_003 + 2_000
+    found = wire.decode(pickle.loads(pickle.dumps(message)), schema=schema, reference=reference)
+    assert found.masks is reference
+    assert torch.equal(found.values["w"], update.values["w"])
+    with pytest.raises(PayloadError, match="expected the masks that an update leans on, got none"):
+        wire.decode(message, schema=schema, reference=None)
+    others = replace(
+        update, masks=MaskSet.of({"w": ~mask, "b": None}), values={"w": torch.ones(98_000), "b": torch.ones(3)}
+    )
+    message, _ = wire.encode_upload(others, {}, schema=schema, reference=reference, seed=0)
+    found = wire.decode(pickle.loads(pickle.dumps(message)), schema=schema, reference=reference)
+    assert (found.masks.id, found.masks["b"]) == (others.masks.id, None)
+    assert torch.equal(found.masks["w"], ~mask)
 
 
 @pytest.mark.parametrize("rounding", [{"uploads": "int8"}, {"broadcasts": "float16"}])

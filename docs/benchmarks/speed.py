@@ -99,7 +99,8 @@ TABLES = {
     "gpu": compared(on_gpu, _ONE),
     "profile": Table(speed_profile.measure, speed_profile.lines),
     "pfl": compared(
-        partial(beside_peer, PFL, "speed_pfl", ()), Aim("one worker / pfl-research", ratio(ONE, PFL), 1.10)
+        partial(beside_peer, PFL, "speed_pfl", (), channels_last=True),
+        Aim("one worker / pfl-research", ratio(ONE, PFL), 1.10),
     ),
     "flower": compared(partial(beside_peer, FLOWER, "speed_flower", ()), *_FLOWER),
     "flower_quiet": compared(partial(beside_peer, FLOWER, "speed_flower", ("quiet",)), *_FLOWER),

@@ -11,6 +11,7 @@ from speed_work import SEED, Work
 from torch import Tensor
 
 from lightning_fedsparse import FederatedDataModule, FederatedLoop
+from lightning_fedsparse.aggregation import WeightedMean
 from lightning_fedsparse.evaluation import Evaluation
 from lightning_fedsparse.executors import Executor, ProcessExecutor
 from lightning_fedsparse.ranks import Alone
@@ -55,6 +56,7 @@ class Ours:
             trainer,
             executor=executor,
             wire=wire,
+            aggregator=WeightedMean(dtype="float32"),  # as everybody here adds
             evaluation=Evaluation(split="none"),
             seed=SEED,
             console=False,

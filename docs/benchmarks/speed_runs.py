@@ -123,10 +123,12 @@ def on_gpu(rounds: int) -> Measured:
     )
 
 
-def beside_peer(name: str, module: str, options: Sequence[str], rounds: int) -> Measured:
-    """A peer's simulator on the CIFAR-10 workload."""
+def beside_peer(
+    name: str, module: str, options: Sequence[str], rounds: int, *, channels_last: bool = False
+) -> Measured:
+    """A peer's simulator on the CIFAR-10 workload, and ours in its layout."""
     data = CIFAR10.data()
-    of = partial(Ours.of, CIFAR10, data, WARM_UP + rounds)
+    of = partial(Ours.of, CIFAR10, data, WARM_UP + rounds, channels_last=channels_last)
     with ExitStack() as stack:
         peer, executors = Peer(module, CIFAR10, *options), [two_workers(), two_workers()]
         for processes in (peer, *executors):
