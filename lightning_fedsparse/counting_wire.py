@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_fedsparse.accounting import Traffic
-from lightning_fedsparse.bounded_reading import DEFAULT_LIMITS, Limits, PayloadError
+from lightning_fedsparse.bounded_reading import PayloadError
 from lightning_fedsparse.float_bits import check_values
 from lightning_fedsparse.schema import Schema
 from lightning_fedsparse.update import MaskSet, SparseUpdate
@@ -54,9 +54,7 @@ class CountingWire(Wire):
         return Uncoded(update), update
 
     @override
-    def decode(
-        self, message: Message, *, schema: Schema, reference: MaskSet | None, limits: Limits = DEFAULT_LIMITS
-    ) -> SparseUpdate:
+    def decode(self, message: Message, *, schema: Schema, reference: MaskSet | None) -> SparseUpdate:
         if not isinstance(message, Uncoded):
             raise PayloadError(f"expected an update that was not encoded, got {type(message).__name__}")
         update = message.update

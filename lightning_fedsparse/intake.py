@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_fedsparse.faults import FaultPolicy
-from lightning_fedsparse.payload import Limits
 from lightning_fedsparse.ranks import Alone, Ranks
 from lightning_fedsparse.rounds import UploadRule
 from lightning_fedsparse.screening import Screen, Screening
@@ -62,7 +61,6 @@ class UploadReader:
         self._rule = rule
         self._travels = wire.rule_for(rule)
         self.schema = state.schema
-        self._limits = Limits.for_tensors(state.tensors)
 
     def decode(self, payload: Message, support: MaskSet) -> SparseUpdate:
         """What travelled.
@@ -70,7 +68,7 @@ class UploadReader:
         Raises:
             PayloadError: If it is not what the round expects.
         """
-        update = self.wire.decode(payload, schema=self.schema, reference=support, limits=self._limits)
+        update = self.wire.decode(payload, schema=self.schema, reference=support)
         check_update(update, self.state.weights, buffers=self.state.buffers, support=support, rule=self._travels)
         return update
 

@@ -151,9 +151,10 @@ def payload_sizes(data: bytes, *, schema: Schema | None = None, reference: MaskS
     Raises:
         PayloadError: If ``data`` is not a payload.
     """
-    version, reader = read_frame(data, DEFAULT_LIMITS)
+    limits = DEFAULT_LIMITS if schema is None else schema.limits
+    version, reader = read_frame(data, limits)
     if version == SELF_DESCRIBING:
-        positions, values, codings = described_sizes(reader, DEFAULT_LIMITS)
+        positions, values, codings = described_sizes(reader, limits)
     else:
-        positions, values, codings = compact_sizes(reader, schema=schema, reference=reference, limits=DEFAULT_LIMITS)
+        positions, values, codings = compact_sizes(reader, schema=schema, reference=reference, limits=limits)
     return PayloadSizes(len(data), positions, values, len(data) - positions - values, dict(codings))

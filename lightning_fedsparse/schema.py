@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_fedsparse.bounded_reading import varint
+from lightning_fedsparse.bounded_reading import Limits, varint
 from lightning_fedsparse.container import DTYPES, MAX_NUMEL
 from lightning_fedsparse.update import SparseUpdate
 
@@ -81,6 +81,14 @@ class Schema:
                 described += varint(len(name)) + name + bytes([DTYPES.index(spec.dtype)])
                 described += b"".join(map(varint, (len(spec.shape), *spec.shape)))
         return hashlib.blake2b(described, digest_size=FINGERPRINT).digest()
+
+    @cached_property
+    def limits(self) -> Limits:
+        """What a receiver of this model's updates is ready to hold, however large the model is."""
+        specs = (*self.parameters, *self.buffers)
+        return Limits.for_tensors(
+            {spec.name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in specs}
+        )
 
     def require(self, update: SparseUpdate) -> None:
         """See that an update has exactly these parameters, in this order, and these buffers or none.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_fedsparse.accounting import ClientTraffic, Traffic
-from lightning_fedsparse.bounded_reading import DEFAULT_LIMITS, Limits, PayloadError
+from lightning_fedsparse.bounded_reading import PayloadError
 from lightning_fedsparse.payload import decode, encode
 from lightning_fedsparse.rounds import UploadRule
 from lightning_fedsparse.schema import Schema
@@ -189,12 +189,10 @@ class Wire:
             return encode(update, schema=schema, reference=reference), update
         sent = update if update.kind == "delta" else _change(update, broadcast, sign=-1)
         payload = encode(sent, schema=schema, reference=reference, values=self.uploads, block=self.block, seed=seed)
-        read = decode(payload, schema=schema, reference=reference)
+        read = decode(payload, schema=schema, reference=reference, limits=schema.limits)
         return payload, read if update.kind == "delta" else _change(read, broadcast, sign=1)
 
-    def decode(
-        self, message: Message, *, schema: Schema, reference: MaskSet | None, limits: Limits = DEFAULT_LIMITS
-    ) -> SparseUpdate:
+    def decode(self, message: Message, *, schema: Schema, reference: MaskSet | None) -> SparseUpdate:
         """Read what was coded.
 
         Raises:
@@ -202,7 +200,7 @@ class Wire:
         """
         if not isinstance(message, bytes):
             raise PayloadError(f"expected bytes, got {type(message).__name__}")
-        return decode(message, schema=schema, reference=reference, limits=limits)
+        return decode(message, schema=schema, reference=reference, limits=schema.limits)
 
     def measure(
         self, message: Message, update: SparseUpdate, *, schema: Schema, reference: MaskSet | None, dense: int

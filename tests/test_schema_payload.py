@@ -14,6 +14,7 @@ from lightning_fedsparse.bounded_reading import deflate, varint
 from lightning_fedsparse.payload import Limits, MaskSet, PayloadError, Schema, decode, encode, payload_sizes
 from lightning_fedsparse.schema import fingerprint
 from lightning_fedsparse.update import SparseUpdate, gather
+from lightning_fedsparse.wire import Wire
 from tests.payload_examples import EDITS, assert_same, edited, random_update, seed_updates, updates
 from tests.vectors.make import schema_of
 
@@ -363,3 +364,14 @@ def test_random_bytes(content):
 def test_a_payload_that_describes_itself_needs_no_schema_and_minds_none():
     update = random_update([300], 0.5)
     assert_same(decode(encode(update), schema=SCHEMA), update)
+
+
+def test_a_receiver_is_ready_for_its_own_model_however_large_and_for_no_more():
+    small = {"w": torch.zeros(3), "n": torch.zeros((), dtype=torch.int64)}
+    assert Schema.of({"w": small["w"]}, {"n": small["n"]}).limits == Limits.for_tensors(small)
+    large = Schema.of({"w": torch.empty(2**20, 2**10, device="meta")}, {})
+    assert large.limits.max_elements == 2**30 > Limits().max_elements
+    assert large.limits.max_bytes > 2**32
+    update = SparseUpdate({"w": torch.zeros(2**20)}, {"w": None})
+    with pytest.raises(PayloadError, match="a dimension of 'w' is 1048576, more than the limit of 3"):
+        Wire().decode(encode(update), schema=Schema.of({"w": small["w"]}, {}), reference=None)
