@@ -276,14 +276,14 @@ class FederatedLoop:
         self._record(index + 1, tally, server_round.metrics, started)
 
     def _upload_rule(self, server_round: ServerRound) -> UploadRule:
-        rules = {
-            type(method).__name__: rule
+        rules = [
+            (type(method).__name__, rule)
             for method in self._run.methods
             if (rule := method.upload_rule(self._run.federation.state, server_round)) is not None
-        }
-        if len(set(rules.values())) > 1:
+        ]
+        if len({rule for _, rule in rules}) > 1:
             raise ValueError(f"expected methods that agree on what an upload holds, got {rules}")
-        return next(iter(rules.values()), UploadRule())
+        return rules[0][1] if rules else UploadRule()
 
     def _collect(self, server_round: ServerRound, rule: UploadRule, tally: RoundTally) -> Iterator[SparseUpdate]:
         """Steps 1 to 5: ask clients, and others if too few return; give the updates that count, in the order asked."""

@@ -40,6 +40,9 @@ def test_methods_agree_on_what_an_upload_holds() -> None:
         pass
 
     FederatedLoop(1, 2, [Rule(), Other()], console=False, evaluation=QUIET).fit(Net(), loaders(clients()))
+    loop = FederatedLoop(1, 2, [Rule(extra_values=1), Rule(extra_values=2)], console=False, evaluation=QUIET)
+    with pytest.raises(ValueError, match="expected methods that agree on what an upload holds"):
+        loop.fit(Net(), loaders(clients()))
     loop = FederatedLoop(1, 2, [Rule(), Other(absent="unheld")], console=False, evaluation=QUIET)
     with pytest.raises(ValueError, match="expected methods that agree on what an upload holds, got .*'Other'.*unheld"):
         loop.fit(Net(), loaders(clients()))
