@@ -27,10 +27,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_fedsparse.ranks import Ranks
-from lightning_fedsparse.update import Absent, Kind, SparseUpdate
+from lightning_fedsparse.update import Absent, Kind, SparseUpdate, positions_in
 from lightning_fedsparse.weighted_sum import WeightedSum, reduce_sums
 
-__all__ = ["Aggregator", "MaskedMean", "SumType", "WeightedMean"]
+__all__ = ["Aggregator", "MaskedMean", "SumType", "WeightedMean", "cast_like"]
 
 SumType = Literal["float32", "float64"]
 
@@ -161,7 +161,7 @@ class _Mean(Aggregator):
                 new[name] = self._merge(tensor, self._parameters.pop(name))
             elif name in self._buffers and self._buffers[name].weight > 0:
                 total = self._buffers[name]
-                new[name] = _like(tensor, _cast(total.sums / total.weight, tensor))
+                new[name] = _like(tensor, cast_like(total.sums / total.weight, tensor))
             else:
                 new[name] = tensor.detach().clone()
         self._template = None
@@ -200,7 +200,7 @@ class _Mean(Aggregator):
             if not total.shared:
                 somebodys = sums != 0 if weights is None else weights != 0
                 mean = torch.where(somebodys, mean, self._base(before))
-            new[where] = _cast(mean, tensor)
+            new[where] = cast_like(mean, tensor)
         return _like(tensor, new)
 
     def _started(self) -> Mapping[str, Tensor]:
@@ -210,8 +210,6 @@ class _Mean(Aggregator):
 
     def _check(self, update: SparseUpdate, template: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
         """Positions of each parameter's values, None if dense, once the update is known to fit."""
-        if update.num_examples < 0:
-            raise ValueError(f"expected num_examples of at least 0, got {update.num_examples}")
         if self._kind is not None:
             if (update.kind, update.absent) != (self._kind, self._absent):
                 raise ValueError(
@@ -223,21 +221,7 @@ class _Mean(Aggregator):
                 raise ValueError(
                     f"expected values of the same tensors in all updates of a round, got a difference {odd}"
                 )
-        where: dict[str, Tensor | None] = {}
-        for name, tensor in {**update.values, **update.buffers}.items():
-            if name not in template:
-                raise ValueError(f"expected names of the template, got {name!r}")
-            mask = update.masks[name] if name in update.values else None
-            shape = tensor.shape if mask is None else mask.shape
-            if shape != template[name].shape:
-                raise ValueError(f"expected {name!r} of shape {tuple(template[name].shape)}, got {tuple(shape)}")
-            if name in update.values:
-                positions = where[name] = None if mask is None else update.positions(name)
-                if positions is not None and tensor.shape != positions.shape:
-                    raise ValueError(
-                        f"expected the {positions.numel()} values that the mask of {name!r} keeps, got {tensor.numel()}"
-                    )
-        return where
+        return positions_in(template, update)
 
 
 class WeightedMean(_Mean):
@@ -317,7 +301,6 @@ class MaskedMean(_Mean):
         self.count = count
 
     @override
-    @override
     def add(self, update: SparseUpdate) -> None:
         super().add(_changed(update) if self.count == "changed" else update)
 
@@ -352,7 +335,7 @@ def _changed(update: SparseUpdate) -> SparseUpdate:
     return replace(update, values=values, masks=masks, mask_id=None)
 
 
-def _cast(elements: Tensor, tensor: Tensor) -> Tensor:
+def cast_like(elements: Tensor, tensor: Tensor) -> Tensor:
     """Elements of a tensor's dtype; integers are truncated."""
     return (elements if tensor.is_floating_point() else elements.trunc()).to(tensor.dtype)
 

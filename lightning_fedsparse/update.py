@@ -24,6 +24,7 @@ __all__ = [
     "SparseUpdate",
     "gather",
     "kept_positions",
+    "positions_in",
     "reconstruct",
     "remask",
     "scatter_",
@@ -191,6 +192,31 @@ def remask(update: SparseUpdate, tensors: Mapping[str, Tensor], masks: Masks) ->
     merged = MaskSet.of({**update.masks, **masks})
     values = {**update.values, **gather(tensors, masks)}
     return replace(update, values=values, masks=merged, mask_id=None if merged.is_dense else merged.id)
+
+
+def positions_in(template: Mapping[str, Tensor], update: SparseUpdate) -> dict[str, Tensor | None]:
+    """Positions of each of an update's values, None if dense.
+
+    Raises:
+        ValueError: If the update does not fit the template.
+    """
+    if update.num_examples < 0:
+        raise ValueError(f"expected num_examples of at least 0, got {update.num_examples}")
+    where: dict[str, Tensor | None] = {}
+    for name, tensor in {**update.values, **update.buffers}.items():
+        if name not in template:
+            raise ValueError(f"expected names of the template, got {name!r}")
+        mask = update.masks[name] if name in update.values else None
+        shape = tensor.shape if mask is None else mask.shape
+        if shape != template[name].shape:
+            raise ValueError(f"expected {name!r} of shape {tuple(template[name].shape)}, got {tuple(shape)}")
+        if name in update.values:
+            positions = where[name] = None if mask is None else update.positions(name)
+            if positions is not None and tensor.shape != positions.shape:
+                raise ValueError(
+                    f"expected the {positions.numel()} values that the mask of {name!r} keeps, got {tensor.numel()}"
+                )
+    return where
 
 
 @torch.no_grad()

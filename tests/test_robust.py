@@ -1,0 +1,171 @@
+"""Robust means: the numbers of a hand-made attack, the dense rules of numpy, what a coordinate's holders can bear."""
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_fedsparse.aggregation import MaskedMean
+from lightning_fedsparse.robust import ClippedMean, Krum, TrimmedMean, krum_scores
+from lightning_fedsparse.update import SparseUpdate
+
+# five clients hold the first 4, 4, 3, 2 and 1 of four coordinates; the last one that each of the last four holds is an attack
+ATTACK = [[0.1, 0.2, 0.3, 0.4], [0.12, 0.18, 0.26, -9.0], [0.08, 0.22, 9.0], [0.11, -9.0], [9.0]]
+
+
+def nested(rows, size=4, **arguments):
+    for row in rows:
+        mask = torch.arange(size) < len(row)
+        values = torch.tensor(row, dtype=torch.float64)
+        yield SparseUpdate({"w": values}, {"w": mask}, kind="delta", absent="unheld", **arguments)
+
+
+def merge(rule, updates, template=None):
+    rule.start(template or {"w": torch.zeros(4, dtype=torch.float64)})
+    for update in updates:
+        rule.add(update)
+    return rule.result()
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (MaskedMean(), [1.882, -2.1, 3.186667, -4.3]),
+        (TrimmedMean(0.0), [1.882, -2.1, 3.186667, -4.3]),
+        (TrimmedMean(), [0.11, 0.19, 0.3, -4.3]),
+        (TrimmedMean(0.25), [0.11, 0.19, 3.186667, -4.3]),
+        (TrimmedMean(0.34), [0.11, 0.19, 0.3, -4.3]),
+        (Krum(hostile=1), [0.1, 0.2, 0.3, 0.4]),
+        (ClippedMean("l2"), [1.881981, -2.100043, 3.185822, -4.297161]),
+    ],
+)
+def test_five_clients_of_whom_four_attack_a_coordinate(rule, expected):
+    assert merge(rule, nested(ATTACK))["w"].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_krums_scores():
+    scores = krum_scores({"w": torch.zeros(4)}, list(nested(ATTACK)), 1)
+    assert scores.tolist() == pytest.approx([47.320867, 47.5542, 50.693867, 84.4563, 157.8865], abs=1e-6)
+
+
+def test_lengths_per_weight_do_not_clip_who_holds_more():
+    rows = [[1.0, 1.0, 1.0, 1.0], [1.0], [1.0]]  # l2 norms 2, 1, 1; per weight all 1
+    assert merge(ClippedMean(), nested(rows))["w"].tolist() == [1.0, 1.0, 1.0, 1.0]
+    assert merge(ClippedMean("l2"), nested(rows))["w"].tolist() == pytest.approx([5 / 6, 0.5, 0.5, 0.5])
+
+
+@pytest.fixture
+def dense():
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(7, 150_000, generator=generator, dtype=torch.float64)
+
+
+def test_where_all_hold_everything_the_rules_are_the_dense_ones(dense):
+    updates = [SparseUpdate({"w": row}, {"w": None}, kind="delta") for row in dense]
+    template = {"w": torch.zeros(150_000, dtype=torch.float64)}
+    numbers = dense.numpy()
+    assert np.allclose(merge(TrimmedMean(), updates, template)["w"], np.median(numbers, 0), atol=1e-15)
+    assert np.allclose(merge(TrimmedMean(0.3), updates, template)["w"], np.sort(numbers, 0)[2:5].mean(0), atol=1e-15)
+    distances = ((numbers[:, None] - numbers[None]) ** 2).mean(2)
+    scores = np.sort(distances, 1)[:, 1:5].sum(1)  # without oneself, the 7 - 1 - 2 smallest
+    assert np.allclose(krum_scores(template, updates, 1), scores)
+    closest = np.argsort(scores)[:3]
+    assert np.allclose(merge(Krum(1, keep=3), updates, template)["w"], numbers[closest].mean(0), atol=1e-15)
+    norms = np.linalg.norm(numbers, axis=1)
+    clipped = numbers * np.minimum(1, np.median(norms) / norms)[:, None]
+    assert np.allclose(merge(ClippedMean(), updates, template)["w"], clipped.mean(0), atol=1e-15)
+
+
+@pytest.mark.parametrize("rule", [TrimmedMean(), Krum(1), Krum(1, keep=2), ClippedMean()])
+def test_uploads_of_weights_are_changes_of_what_the_server_holds(rule):
+    generator = torch.Generator().manual_seed(6)
+    template = {"w": torch.randn(3, 4, generator=generator), "b": torch.randn(2, generator=generator)}
+    changed, weights = [], []
+    for index in range(5):
+        values = {name: old + torch.randn(old.shape, generator=generator) for name, old in template.items()}
+        mask = torch.rand(3, 4, generator=generator) < 0.7
+        masks = {"w": mask, "b": None}
+        kept = {"w": values["w"][mask], "b": values["b"]}
+        weights.append(SparseUpdate(kept, masks, absent="unchanged", num_examples=index + 1))
+        deltas = {
+            "w": kept["w"].double() - template["w"][mask].double(),
+            "b": kept["b"].double() - template["b"].double(),
+        }
+        changed.append(SparseUpdate(deltas, masks, kind="delta", absent="unheld"))
+    one, other = merge(rule, weights, template), merge(rule, changed, template)
+    for name, old in template.items():
+        assert torch.equal(one[name], other[name])
+        assert one[name].dtype == old.dtype
+        assert not torch.equal(one[name], old)
+
+
+def test_what_a_client_prunes_counts_as_zero():
+    mask = torch.tensor([False, True])
+    pruned = [SparseUpdate({"w": torch.tensor([3.0])}, {"w": mask}, absent="zero") for _ in range(3)]
+    assert merge(TrimmedMean(), pruned, {"w": torch.tensor([7.0, 1.0])})["w"].tolist() == [0.0, 3.0]
+
+
+@pytest.mark.parametrize("rule", [TrimmedMean(), Krum(0), ClippedMean()])
+def test_what_nobody_holds_keeps_its_bits(rule):
+    template = {"w": torch.tensor([0.1, 0.2, 0.3, float("nan")])}
+    new = merge(rule, nested([[1.0], [1.0, 1.0], [2.0, 1.0]]), template)["w"]
+    assert torch.equal(new[2:].view(torch.int32), template["w"][2:].view(torch.int32))
+    assert new[0] > 1
+
+
+@pytest.mark.parametrize("rule", [TrimmedMean(), Krum(0, keep=3), ClippedMean()])
+def test_buffers_by_their_median(rule):
+    template = {
+        "w": torch.zeros(4),
+        "mean": torch.zeros(2).to(memory_format=torch.contiguous_format),
+        "count": torch.tensor(5),
+    }
+    buffers = [
+        {"mean": torch.tensor([1.0, value]), "count": torch.tensor(count)}
+        for value, count in [(2, 6), (3, 7), (900, 9)]
+    ]
+    updates = [SparseUpdate({"w": torch.ones(4)}, {"w": None}, kind="delta", buffers=buffer) for buffer in buffers]
+    new = merge(rule, updates, template)
+    assert new["mean"].tolist() == [1.0, 3.0]
+    assert new["count"].tolist() == 7
+    assert new["count"].dtype == torch.int64
+
+
+def test_the_order_of_uploads_does_not_matter():
+    updates = list(nested(ATTACK))
+    for rule in (TrimmedMean(0.3), Krum(1)):
+        assert torch.equal(merge(rule, updates)["w"], merge(rule, updates[::-1])["w"])
+
+
+def test_what_is_not_finite_counts_as_not_held():
+    rows = [[1.0], [2.0], [float("inf")], [float("nan")]]
+    assert merge(TrimmedMean(), nested(rows, 1), {"w": torch.zeros(1)})["w"].tolist() == [1.5]
+
+
+def test_channels_last_stays():
+    old = torch.zeros(2, 3, 2, 2).to(memory_format=torch.channels_last)
+    update = SparseUpdate({"w": torch.arange(24.0).view(2, 3, 2, 2)}, {"w": None}, kind="delta")
+    for rule in (TrimmedMean(), ClippedMean()):
+        new = merge(rule, [update], {"w": old})["w"]
+        assert new.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(new, update.values["w"])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TrimmedMean(0.6), r"expected trim in \[0, 0.5\], got 0.6"),
+        (lambda: Krum(-1), "expected hostile of at least 0 and keep of at least 1, got -1 and 1"),
+        (lambda: Krum(1, keep=0), "expected hostile of at least 0 and keep of at least 1, got 1 and 0"),
+        (lambda: ClippedMean("max"), "expected norm 'rms' or 'l2', got 'max'"),
+        (
+            lambda: merge(Krum(1), nested(ATTACK[:4])),
+            r"expected at least 5 uploads for Krum\(hostile=1, keep=1\), got 4",
+        ),
+        (lambda: merge(TrimmedMean(), []), "expected at least one update"),
+        (lambda: TrimmedMean().result(), r"expected start\(template\) before"),
+        (lambda: merge(TrimmedMean(), nested([[1.0]], 3)), r"expected 'w' of shape \(4,\), got \(3,\)"),
+    ],
+)
+def test_bad_input(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
