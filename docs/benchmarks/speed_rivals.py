@@ -185,7 +185,7 @@ class DeepCopies:
         for batches in clients:
             with torch.no_grad():
                 torch._foreach_copy_(list(parameters.values()), self.weights)
-            optimizer = torch.optim.SGD(parameters.values(), lr=self._rate(index), weight_decay=self._work.decay)
+            optimizer = self._work.optimizer(parameters.values(), lr=self._rate(index))
             for images, classes in batches:
                 self._step(optimizer, images, classes, masks, self._strength(index))
             torch._foreach_add_(total, [parameter.detach() for parameter in parameters.values()])
