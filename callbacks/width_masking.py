@@ -1,13 +1,16 @@
 r"""Width masking: submodels of fewer channels per layer, whatever their weights are.
 
 A client of capacity :math:`\gamma` holds :math:`n = \lceil rK \rceil` of the :math:`K` units of every layer, with
-:math:`r = \sqrt{\gamma}`, so about :math:`r^2 = \gamma` of the weights. Which units is what the three methods differ in:
+:math:`r = \sqrt{\gamma}`, so about :math:`r^2 = \gamma` of the weights. Which units is what the methods differ in:
 
 - ``"static"``, HeteroFL: the first, :math:`0, \dots, n - 1`. The others are only ever trained by larger clients.
 - ``"rolling"``, FedRolex: a window that moves by one unit each round, :math:`t, \dots, t + n - 1 \bmod K`, so that in
   :math:`K` rounds every unit is held :math:`n` times. In the released code it moves the other way,
   :math:`-t, \dots, -t + n - 1 \bmod K` (``"rolling_backward"``).
 - ``"random"``: drawn anew per layer, client and round.
+- ``"largest"``: those whose weights, all that lead to a unit or read it, have the largest L2 norm in the server's model:
+  importance as in FIARSE, of units instead of weights, which its authors name as future work. Submodels are nested, and
+  gradients are those of the submodel: FIARSE's factor is none of it.
 
 A client does not hold the biases and the normalization of units that it lacks, nor the weights that lead to them or from
 them; all inputs of the first layer and all outputs of the last stay. The masked network computes what the small dense one
@@ -39,7 +42,7 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
 from lightning_fedsparse.callbacks.submodel import SubmodelCallback
-from lightning_fedsparse.channels import ChannelGroup, channel_groups, unit_count, width_masks, window
+from lightning_fedsparse.channels import ChannelGroup, channel_groups, unit_count, unit_norms, width_masks, window
 from lightning_fedsparse.rounds import ServerRound
 from lightning_fedsparse.seeding import derive_seed
 from lightning_fedsparse.server import ServerState
@@ -48,7 +51,7 @@ from lightning_fedsparse.transforms import Transform
 
 __all__ = ["WidthMasking"]
 
-Selection = Literal["static", "rolling", "rolling_backward", "random"]
+Selection = Literal["static", "rolling", "rolling_backward", "random", "largest"]
 
 
 class WidthMasking(SubmodelCallback):
@@ -59,8 +62,8 @@ class WidthMasking(SubmodelCallback):
     Args:
         capacity: Share of the weights that is held, about, in (0, 1]: in a plain Trainer, and by clients that have no
             capacity of their own.
-        selection: Which units: the first (``"static"``), a moving window (``"rolling"``, ``"rolling_backward"``), or
-            drawn ones (``"random"``).
+        selection: Which units: the first (``"static"``), a moving window (``"rolling"``, ``"rolling_backward"``), drawn
+            ones (``"random"``), or those of the largest weights (``"largest"``).
         scale: Divide the output of every layer that lacks units by the width in training, before a normalization or a
             nonlinearity, so that the next layer sees sums of about the same size at all widths (HeteroFL's scaler). For
             the whole model: a submodel is evaluated without, and biases then weigh more than they did in training.
@@ -104,11 +107,12 @@ class WidthMasking(SubmodelCallback):
         if self.selection == "random":
             generator = torch.Generator().manual_seed(derive_seed(self._seed, "units", self._round, client_id))
             orders = [torch.randperm(group.size, generator=generator) for group in self._groups]
-            kept = [order[: unit_count(len(order), width)] for order in orders]
+        elif self.selection == "largest":
+            orders = [unit_norms(group, weights).argsort(descending=True, stable=True) for group in self._groups]
         else:
             start = {"static": 0, "rolling": self._round, "rolling_backward": -self._round}[self.selection]
-            kept = [window(group.size, width, start) for group in self._groups]
-        return width_masks(self._groups, kept)
+            orders = [window(group.size, 1.0, start) for group in self._groups]
+        return width_masks(self._groups, [order[: unit_count(len(order), width)] for order in orders])
 
     # -- in a Trainer ----------------------------------------------------------------------------------------------
 
@@ -129,14 +133,14 @@ class WidthMasking(SubmodelCallback):
                 )
         if self.client_round is None:
             self._groups = _trace(pl_module)
-            self.masks = self.masks or dict(self.submodel({}, self.capacity))
+            self.masks = self.masks or dict(self.submodel(parameters, self.capacity))
         masks = {name: mask for name, mask in self.masks.items() if mask is not None}
         return SubmodelTransform(masks) if masks else None  # a client that holds everything
 
     @override
     def refresh(self, pl_module: pl.LightningModule, transform: SubmodelTransform, step: int) -> None:
         self._round = step // self.refresh_every
-        self.masks = dict(self.submodel({}, self.capacity))
+        self.masks = dict(self.submodel(dict(pl_module.named_parameters()), self.capacity))
         transform.set_masks(self.masks)
 
     @override

@@ -15,7 +15,7 @@ Reference: which channels depend on each other is found by Torch-Pruning (G. Fan
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,7 +26,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.func import functional_call
 
-__all__ = ["ChannelAxis", "ChannelGroup", "channel_groups", "unit_count", "width_masks", "window"]
+__all__ = ["ChannelAxis", "ChannelGroup", "channel_groups", "unit_count", "unit_norms", "width_masks", "window"]
 
 _Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -104,6 +104,33 @@ def window(size: int, width: float, start: int = 0) -> Tensor:
         (tensor([0, 1, 2, 3]), tensor([5, 6, 7, 0]))
     """
     return (start + torch.arange(unit_count(size, width))) % size
+
+
+@torch.no_grad()
+def unit_norms(group: ChannelGroup, weights: Mapping[str, Tensor]) -> Tensor:
+    """L2 norms of all weights that go with each unit: those that lead to it and those that read it.
+
+    Biases and normalization are left out, for they are of another size than weights.
+
+    Args:
+        group: The units.
+        weights: Parameters by name, on one device.
+
+    Returns:
+        Float64 of shape ``(group.size,)``.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 1))
+        >>> (group,) = channel_groups(net, torch.zeros(1, 1))
+        >>> unit_norms(group, {"0.weight": torch.tensor([[3.0], [0.0]]), "1.weight": torch.tensor([[4.0, 1.0]])})
+        tensor([5., 1.], dtype=torch.float64)
+    """
+    squares = torch.zeros(group.size + 1, dtype=torch.float64)  # the last is of positions that are none of the group's
+    for axis in group.axes:
+        if len(axis.shape) > 1:
+            along = weights[axis.name].movedim(axis.dim, 0).flatten(1).double()
+            squares.index_add_(0, axis.units % (group.size + 1), along.square().sum(1).to(squares.device))
+    return squares[:-1].sqrt()
 
 
 def width_masks(groups: Sequence[ChannelGroup], kept: Iterable[Tensor]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_fedsparse.channels import ChannelGroup, channel_groups, unit_count, width_masks, window
+from lightning_fedsparse.channels import ChannelGroup, channel_groups, unit_count, unit_norms, width_masks, window
 from lightning_fedsparse.models import DigitsCNN, LeNet5, ResNet18
+from lightning_fedsparse.submodels import importance_factor
+from lightning_fedsparse.update import SparseUpdate, scatter_
 
 IMAGES = {LeNet5: (1, 28, 28), DigitsCNN: (1, 8, 8), ResNet18: (3, 32, 32)}
 
@@ -96,6 +99,52 @@ def test_masks_of_rows_and_columns() -> None:
         "2.bias": [0, 1],
         "4.weight": [[0, 1], [0, 1]],  # all outputs, whose bias has no mask
     }
+
+
+@pytest.fixture
+def perceptron() -> nn.Sequential:
+    net = nn.Sequential(nn.Linear(3, 4, bias=False), nn.ReLU(), nn.Linear(4, 2, bias=False)).double()
+    first = [[0.5, 0.1, -0.2], [0.05, 0.02, 0.01], [-0.6, 0.4, 0.3], [0.2, -0.1, 0.1]]
+    second = [[0.3, 0.01, -0.5, 0.2], [-0.2, 0.02, 0.4, 0.1]]
+    double = partial(torch.tensor, dtype=torch.float64)
+    net.load_state_dict({"0.weight": double(first), "2.weight": double(second)})
+    return net
+
+
+def test_units_by_the_norm_of_what_leads_to_them_and_reads_them(perceptron: nn.Sequential) -> None:
+    (group,) = channel_groups(perceptron, torch.zeros(1, 3, dtype=torch.float64))
+    norms = unit_norms(group, dict(perceptron.named_parameters()))
+    assert norms.tolist() == pytest.approx([0.655744, 0.059161, 1.00995, 0.331662], abs=1e-6)
+    kept = norms.argsort(descending=True)[:2].sort().values
+    assert kept.tolist() == [0, 2]
+    factors = importance_factor(norms[kept], float(norms[kept].min()))
+    assert factors.tolist() == pytest.approx([1.5, 1.47739], abs=1e-5)
+
+
+def test_the_two_largest_units_masked_sliced_and_put_back(perceptron: nn.Sequential) -> None:
+    (group,) = channel_groups(perceptron, torch.zeros(1, 3, dtype=torch.float64))
+    x = torch.tensor([[1.0, -2.0, 0.5]], dtype=torch.float64)
+    masks = width_masks([group], [torch.tensor([0, 2])])
+    weights = dict(perceptron.named_parameters())
+    masked = torch.func.functional_call(perceptron, {name: weights[name] * mask for name, mask in masks.items()}, x)
+    sliced = F.relu(x @ weights["0.weight"][[0, 2]].T) @ weights["2.weight"][:, [0, 2]].T
+    assert masked.flatten().tolist() == pytest.approx([0.06, -0.04], abs=1e-12)
+    assert sliced.flatten().tolist() == pytest.approx([0.06, -0.04], abs=1e-12)
+    change = {"0.weight": torch.zeros(4, 3)}
+    scatter_(change, SparseUpdate({"0.weight": torch.full((6,), 0.1)}, {"0.weight": masks["0.weight"]}))
+    assert torch.equal(change["0.weight"], torch.tensor([0.1, 0.0, 0.1, 0.0])[:, None].expand(4, 3))
+
+
+def test_norms_of_units_that_several_inputs_belong_to() -> None:
+    net = LeNet5()
+    weights = dict(net.named_parameters())
+    for group, (leads, reads, inputs) in zip(
+        groups_of(net), [("conv1", "conv2", 1), ("conv2", "fc1", 25), ("fc1", "fc2", 1), ("fc2", "fc3", 1)], strict=True
+    ):
+        to = weights[f"{leads}.weight"].double()
+        on = weights[f"{reads}.weight"].double().unflatten(1, (group.size, inputs)).transpose(0, 1)
+        expected = [torch.cat([to[unit].flatten(), on[unit].flatten()]).norm().item() for unit in range(group.size)]
+        assert unit_norms(group, weights).tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

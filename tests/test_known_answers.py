@@ -196,3 +196,15 @@ def test_zeros_after_global_pruning(model: nn.Module, size: int, zeros: list[int
     for sparsity, count in zip((0.5, 0.8, 0.9, 0.95, 0.99), zeros, strict=True):
         masks = magnitude_masks(weights, sparsity)
         assert sum(int((~mask).count_nonzero()) for mask in masks.values()) == count
+
+
+@pytest.mark.parametrize(
+    ("values", "normalized"),
+    [([1.0, 2.0, 3.0, 6.0], [-1.069043, -0.534522, 0.0, 1.603565]), ([1.0, 2.0], [-0.99998, 0.99998])],
+)
+def test_an_image_is_normalized_by_the_batch_beside_it(values: list[float], normalized: list[float]) -> None:
+    model = ResNet18(batch_statistics=True).double().eval()
+    assert not list(model.buffers())
+    layer = model.bn1
+    images = torch.tensor(values, dtype=torch.float64).view(-1, 1, 1, 1).expand(-1, 64, 2, 2)
+    assert layer(images)[:, 5, 1, 0].tolist() == pytest.approx(normalized, abs=1e-6)

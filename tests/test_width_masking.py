@@ -228,6 +228,37 @@ def test_random_units_are_a_clients_and_a_rounds_own(record: Record) -> None:
     assert len(drawn) == len(Record.rounds) == 12
 
 
+def largest_units(weights: Any, count: int) -> list[int]:
+    size = weights["first.weight"].double().square().sum(1) + weights["last.weight"].double().square().sum(0)
+    return sorted(size.argsort(descending=True)[:count].tolist())
+
+
+def test_units_of_the_largest_weights_are_the_servers_and_nested(record: Record) -> None:
+    torch.manual_seed(0)
+    before = Wide().state_dict()
+    loop, model = run(1, [WidthMasking(selection="largest"), record])
+    by_level = {len(units_of(masks["first.weight"])): masks for masks in Record.rounds.values() if not masks.is_dense}
+    for count in (4, 8):
+        assert units_of(by_level[count]["first.weight"]) == largest_units(before, count)
+    # what is evaluated and exported next is of the new weights
+    loop.callbacks[0].to_effective_(weights := {name: p.detach().clone() for name, p in model.named_parameters()}, 0.25)
+    assert units_of(weights["first.weight"] != 0) == largest_units(model.state_dict(), 8)
+
+
+def test_units_of_the_largest_weights_in_a_plain_trainer() -> None:
+    torch.manual_seed(1)
+    module = Wide()
+    masking = WidthMasking(1 / 16, "largest", refresh_every=10)
+    watch = Watch(masking)
+    start = module.state_dict()
+    expected = [largest_units(start, 4)]
+    with quiet_lightning():
+        trainer(masking, watch, max_epochs=3).fit(module, examples())
+    seen = [units_of(masks["first.weight"]) for _, masks in watch.rows]
+    expected += [largest_units(watch.rows[step][0], 4) for step in (9, 19)]
+    assert seen == [units for units in expected for _ in range(10)]
+
+
 def test_what_nobody_holds_keeps_its_bits() -> None:
     torch.manual_seed(0)
     start = Wide().state_dict()
@@ -272,7 +303,7 @@ def test_a_size_is_evaluated_as_the_coming_round_would_send_it(buffers: Any) -> 
         assert found == pytest.approx(metrics["val_loss@0.0625"], abs=1e-6)
 
 
-@pytest.mark.parametrize("selection", ["rolling", "random"])
+@pytest.mark.parametrize("selection", ["rolling", "random", "largest"])
 def test_a_resumed_run_ends_like_an_uninterrupted_one(selection: Any, tmp_path: Any) -> None:
     whole, expected = run(5, [WidthMasking(selection=selection)], per_round=4, default_root_dir=tmp_path / "whole")
     run(3, [WidthMasking(selection=selection)], per_round=4, default_root_dir=tmp_path / "cut")

@@ -5,6 +5,8 @@ https://arxiv.org/abs/1512.03385: a 3 x 3 stem without pooling, as in FedDIP's C
 (https://arxiv.org/abs/2309.06805).
 """
 
+from functools import partial
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,20 +20,22 @@ class BasicBlock(nn.Module):
         in_channels: Channels of the input.
         out_channels: Channels of the output.
         stride: Stride of the first convolution.
+        batch_statistics: As of :class:`ResNet18`.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int, batch_statistics: bool = False) -> None:
         super().__init__()
+        tracked = not batch_statistics
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.bn1 = nn.BatchNorm2d(out_channels, track_running_stats=tracked)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.bn2 = nn.BatchNorm2d(out_channels, track_running_stats=tracked)
         self.relu1 = nn.ReLU()
         self.relu2 = nn.ReLU()
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != out_channels:
             self.shortcut.append(nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False))
-            self.shortcut.append(nn.BatchNorm2d(out_channels))
+            self.shortcut.append(nn.BatchNorm2d(out_channels, track_running_stats=tracked))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map shape (n, in_channels, h, w) to (n, out_channels, h / stride, w / stride)."""
@@ -45,17 +49,20 @@ class ResNet18(nn.Module):
 
     Args:
         num_classes: Number of classes.
+        batch_statistics: Whether each batch is normalized by its own statistics in evaluation too, as in FIARSE's released
+            code, and none are kept. What is predicted for an image then depends on those beside it.
     """
 
-    def __init__(self, num_classes: int = 10) -> None:
+    def __init__(self, num_classes: int = 10, *, batch_statistics: bool = False) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
+        self.bn1 = nn.BatchNorm2d(64, track_running_stats=not batch_statistics)
         self.relu = nn.ReLU()
-        self.layer1 = nn.Sequential(BasicBlock(64, 64, 1), BasicBlock(64, 64, 1))
-        self.layer2 = nn.Sequential(BasicBlock(64, 128, 2), BasicBlock(128, 128, 1))
-        self.layer3 = nn.Sequential(BasicBlock(128, 256, 2), BasicBlock(256, 256, 1))
-        self.layer4 = nn.Sequential(BasicBlock(256, 512, 2), BasicBlock(512, 512, 1))
+        block = partial(BasicBlock, batch_statistics=batch_statistics)
+        self.layer1 = nn.Sequential(block(64, 64, 1), block(64, 64, 1))
+        self.layer2 = nn.Sequential(block(64, 128, 2), block(128, 128, 1))
+        self.layer3 = nn.Sequential(block(128, 256, 2), block(256, 256, 1))
+        self.layer4 = nn.Sequential(block(256, 512, 2), block(512, 512, 1))
         self.linear = nn.Linear(512, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
