@@ -34,7 +34,7 @@ from typing_extensions import override
 
 from lightning_fedsparse.aggregation import Aggregator, MaskedMean, cast_like
 from lightning_fedsparse.screening import Change, change_of, size_of
-from lightning_fedsparse.update import SparseUpdate, positions_in
+from lightning_fedsparse.update import SparseUpdate, as_delta, positions_in
 
 __all__ = ["ClippedMean", "Krum", "TrimmedMean", "krum_scores"]
 
@@ -245,13 +245,8 @@ def _mean_of_changes(
     mean.start(template)
     middle.start(template)
     for update, scale in zip(updates, scales, strict=True):
-        change = change_of(template, update)
-        masks = {name: None if where is None else update.masks[name] for name, (_, where) in change.items()}
-        values = {
-            name: (part * scale).view(template[name].shape) if where is None else part * scale
-            for name, (part, where) in change.items()
-        }
-        mean.add(SparseUpdate(values, masks, kind="delta", absent="unheld"))
+        change = as_delta(template, update)
+        mean.add(replace(change, values={name: value * scale for name, value in change.values.items()}))
         middle.add(SparseUpdate({}, {}, buffers=update.buffers))
     sent = {name for update in updates for name in update.buffers}
     middles = middle.result()

@@ -22,6 +22,7 @@ __all__ = [
     "Kind",
     "MaskSet",
     "SparseUpdate",
+    "as_delta",
     "gather",
     "kept_positions",
     "positions_in",
@@ -217,6 +218,36 @@ def positions_in(template: Mapping[str, Tensor], update: SparseUpdate) -> dict[s
                     f"expected the {positions.numel()} values that the mask of {name!r} keeps, got {tensor.numel()}"
                 )
     return where
+
+
+@torch.no_grad()
+def as_delta(base: Mapping[str, Tensor], update: SparseUpdate) -> SparseUpdate:
+    """What an update would change of weights, where it says something of them: a delta in float64, without buffers.
+
+    Args:
+        base: The weights that the update was made against, by name.
+        update: An update of either kind; with absent ``"zero"`` weights it speaks of all of them.
+
+    Example:
+        >>> update = SparseUpdate({"w": torch.tensor([5.0])}, {"w": torch.tensor([False, True])}, absent="zero")
+        >>> as_delta({"w": torch.tensor([1.0, 2.0])}, update).values
+        {'w': tensor([-1.,  3.], dtype=torch.float64)}
+    """
+    values = {name: value.detach().double() for name, value in update.values.items()}
+    masks = update.masks
+    if update.kind == "weights":
+        whole = update.absent == "zero"
+        for name, value in values.items():
+            old = base[name].detach().double()
+            if masks[name] is None:
+                values[name] = value.view(old.shape) - old
+            elif whole:
+                flat = old.neg().reshape(-1)
+                values[name] = flat.index_add_(0, update.positions(name), value).view(old.shape)
+            else:
+                values[name] = value - old.reshape(-1)[update.positions(name)]
+        masks = dict.fromkeys(values) if whole else masks
+    return SparseUpdate(values, masks, update.num_examples, kind="delta", absent="unheld")
 
 
 @torch.no_grad()

@@ -1,12 +1,17 @@
 """Robust means: the numbers of a hand-made attack, the dense rules of numpy, what a coordinate's holders can bear."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 from lightning_fedsparse.aggregation import MaskedMean
+from lightning_fedsparse.callbacks import fiarse, sparsyfed
 from lightning_fedsparse.robust import ClippedMean, Krum, TrimmedMean, krum_scores
+from lightning_fedsparse.testing import Fault
 from lightning_fedsparse.update import SparseUpdate
+from tests.failing_clients import always, moving, run
 
 # five clients hold the first 4, 4, 3, 2 and 1 of four coordinates; the last one that each of the last four holds is an attack
 ATTACK = [[0.1, 0.2, 0.3, 0.4], [0.12, 0.18, 0.26, -9.0], [0.08, 0.22, 9.0], [0.11, -9.0], [9.0]]
@@ -169,3 +174,15 @@ def test_channels_last_stays():
 def test_bad_input(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("method", [list, moving, partial(sparsyfed, sparsity=0.5), fiarse])
+@pytest.mark.parametrize("rule", [TrimmedMean(), TrimmedMean(0.2), Krum(1, keep=3), ClippedMean()])
+def test_one_client_that_explodes_does_not_carry_a_federation_away(method, rule):
+    def largest(plan, **arguments):
+        loop = run(plan, method(), per_round=6, **arguments)
+        assert not any(record.failures for record in loop.history[1:])
+        return max(float(weight.abs().max()) for weight in loop.state.weights.values())
+
+    plan = always("c1", Fault.EXPLODES)
+    assert largest(plan, aggregator=rule) < 2 * largest({}) < largest(plan) / 10
