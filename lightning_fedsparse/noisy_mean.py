@@ -115,5 +115,5 @@ def _seed_of(seed: int, template: Mapping[str, Tensor]) -> int:
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in template.items():
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return derive_seed(seed, "noise", digest.hexdigest())
