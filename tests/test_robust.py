@@ -47,6 +47,14 @@ def test_five_clients_of_whom_four_attack_a_coordinate(rule, expected):
     assert merge(rule, nested(ATTACK))["w"].tolist() == pytest.approx(expected, abs=1e-6)
 
 
+def test_zeros_in_place_of_absent_clients_would_let_two_of_five_decide():
+    filled = [
+        SparseUpdate({"w": torch.tensor(row + [0.0] * (4 - len(row)), dtype=torch.float64)}, {"w": None}, kind="delta")
+        for row in ATTACK
+    ]
+    assert merge(TrimmedMean(), filled)["w"].tolist() == pytest.approx([0.11, 0.18, 0.26, 0.0])
+
+
 def test_krums_scores():
     scores = krum_scores({"w": torch.zeros(4)}, list(nested(ATTACK)), 1)
     assert scores.tolist() == pytest.approx([47.320867, 47.5542, 50.693867, 84.4563, 157.8865], abs=1e-6)
