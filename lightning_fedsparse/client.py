@@ -23,6 +23,7 @@ from torch import Tensor
 from lightning_fedsparse.callbacks.base import SparsityCallback
 from lightning_fedsparse.data import FederatedDataModule
 from lightning_fedsparse.generators import own_generators
+from lightning_fedsparse.last_few import LastFew
 from lightning_fedsparse.quiet import quiet_lightning
 from lightning_fedsparse.resident import ResidentTrainer, restored
 from lightning_fedsparse.rounds import ClientRound
@@ -123,8 +124,9 @@ class ClientWorker:
         self._persistent = frozenset(module.state_dict())
         self.schema = Schema.of(dict(module.named_parameters()), self._buffers())
         self._masks: OrderedDict[str, MaskSet] = OrderedDict()
-        self._received: OrderedDict[tuple[Message, str | None], SparseUpdate] = OrderedDict()
-        self._moved: OrderedDict[int, tuple[SparseUpdate, SparseUpdate]] = OrderedDict()
+        self._received = LastFew[SparseUpdate](_KEPT_BROADCASTS)
+        # beside what was moved what it was made of, which keeps its id from being given to another object
+        self._moved = LastFew[tuple[SparseUpdate, SparseUpdate]](_KEPT_BROADCASTS)
 
     @property
     def parts(self) -> dict[str, Any]:
@@ -151,14 +153,12 @@ class ClientWorker:
 
     def receive(self, job: ClientJob) -> SparseUpdate:
         """Read a broadcast and hold its masks; clients of a round that get the same bytes read them once."""
-        key = job.payload, job.reference_id
-        broadcast = self._received.pop(key, None)
-        if broadcast is None:
+
+        def decoded() -> SparseUpdate:
             reference = None if job.reference_id is None else self._masks[job.reference_id]
-            broadcast = self._wire.decode(job.payload, schema=self.schema, reference=reference)
-        self._received[key] = broadcast
-        while len(self._received) > _KEPT_BROADCASTS:
-            self._received.popitem(last=False)
+            return self._wire.decode(job.payload, schema=self.schema, reference=reference)
+
+        broadcast = self._received.get((job.payload, job.reference_id), decoded)
         self.hold([_masks_of(broadcast)], job.kept_versions)
         return broadcast
 
@@ -243,12 +243,7 @@ class ClientWorker:
 
     def _on(self, device: torch.device, broadcast: SparseUpdate) -> SparseUpdate:
         """A broadcast on a device; clients of a round that get the same move it once."""
-        # beside what was moved what it was made of, which keeps its id from being given to another object
-        moved = self._moved.pop(id(broadcast), None) or (broadcast, broadcast.to(device))
-        self._moved[id(broadcast)] = moved
-        while len(self._moved) > _KEPT_BROADCASTS:
-            self._moved.popitem(last=False)
-        return moved[1]
+        return self._moved.get(id(broadcast), lambda: (broadcast, broadcast.to(device)))[1]
 
     def _start_round(
         self,

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -27,12 +26,14 @@ from lightning_fedsparse.executors.local import Executor, Outcome, attempt
 from lightning_fedsparse.executors.sharing import SharedUpdate
 from lightning_fedsparse.executors.worker_process import ClientTask, WorkerProcess, pickled
 from lightning_fedsparse.failures import FailedClient, FailureReason
+from lightning_fedsparse.last_few import LastFew
 from lightning_fedsparse.launching import environment_local_rank
 from lightning_fedsparse.update import SparseUpdate
 
 __all__ = ["ProcessExecutor"]
 
-_Shared: TypeAlias = OrderedDict[int, tuple[SparseUpdate, SharedUpdate]]
+# beside what is shared what it was made of, which keeps its id from being given to another object
+_Shared: TypeAlias = LastFew[tuple[SparseUpdate, SharedUpdate]]
 
 _KEPT_BROADCASTS = 4  # in shared memory; in a round clients of one capacity mostly get the same
 _TRIES = 3  # of one client round whose worker dies
@@ -83,7 +84,7 @@ class ProcessExecutor(Executor):
         source = iter(jobs)
         window: dict[int, ClientTask] = {}
         read, given = 0, 0
-        shared: _Shared = OrderedDict()
+        shared = _Shared(_KEPT_BROADCASTS)
         while True:
             while len(window) < 2 * self.workers and (job := next(source, None)) is not None:
                 window[read] = _received(worker, job, shared)
@@ -215,8 +216,5 @@ def _received(worker: ClientWorker, job: ClientJob, shared: _Shared) -> ClientTa
     broadcast = attempt(job, partial(worker.receive, job))
     if isinstance(broadcast, FailedClient):
         return ClientTask(job, None, result=broadcast)
-    if id(broadcast) not in shared:
-        shared[id(broadcast)] = broadcast, SharedUpdate.of(broadcast)
-        if len(shared) > _KEPT_BROADCASTS:
-            shared.popitem(last=False)
-    return ClientTask(replace(job, payload=b""), shared[id(broadcast)][1])
+    _, in_memory = shared.get(id(broadcast), lambda: (broadcast, SharedUpdate.of(broadcast)))
+    return ClientTask(replace(job, payload=b""), in_memory)
