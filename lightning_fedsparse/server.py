@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from lightning_fedsparse.masks import sparsity_of
 from lightning_fedsparse.schema import Schema
 from lightning_fedsparse.update import MaskSet, SparseUpdate, gather
 
@@ -62,9 +63,7 @@ class ServerState:
     @property
     def prunable_sparsity(self) -> float:
         """Fraction of zeros that the masks hold, over the masked parameters; 0 without masks."""
-        masked = [mask for mask in self.masks.values() if mask is not None]
-        total = sum(mask.numel() for mask in masked)
-        return 1 - sum(int(mask.count_nonzero()) for mask in masked) / total if total else 0.0
+        return sparsity_of(self.masks)
 
     def set_masks(self, masks: Mapping[str, Tensor]) -> None:
         """Put masks in force (parameters that are not named keep theirs) and zero the weights off them."""
