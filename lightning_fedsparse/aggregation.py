@@ -38,7 +38,13 @@ _CHUNK = 2**16  # entries that are merged at a time: what is made on the way sta
 
 
 class Aggregator(ABC):
-    """Merges a round's updates into new values of the server's tensors."""
+    """Merges a round's updates into new values of the server's tensors.
+
+    Attributes:
+        fewest: Updates that it needs at least: a round with fewer is one that the ``FaultPolicy`` says what to do with.
+    """
+
+    fewest: int = 1
 
     @abstractmethod
     def start(self, template: Mapping[str, Tensor]) -> None:

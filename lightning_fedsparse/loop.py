@@ -43,7 +43,7 @@ from lightning_fedsparse.executors.local import Executor, LocalExecutor
 from lightning_fedsparse.faults import FaultPolicy
 from lightning_fedsparse.intake import Intake, UploadReader
 from lightning_fedsparse.launching import environment_size
-from lightning_fedsparse.loop_arguments import require_parts, trainer_arguments
+from lightning_fedsparse.loop_arguments import fault_policy, require_parts, trainer_arguments
 from lightning_fedsparse.meeting import joined_ranks
 from lightning_fedsparse.memories import ClientMemories, HeldMemories
 from lightning_fedsparse.rank_rules import require_ranks_can_share, with_own_device
@@ -137,6 +137,7 @@ class FederatedLoop:
         require_parts(
             trainer=trainer,
             callbacks=callbacks,
+            aggregator=aggregator,
             executor=executor,
             wire=wire,
             faults=faults,
@@ -150,8 +151,7 @@ class FederatedLoop:
         self.callbacks, self.trainer = trainer_arguments(callbacks, trainer)
         self.aggregator = aggregator
         self.executor = executor or LocalExecutor()
-        self.faults = faults or FaultPolicy()
-        self.faults.check(clients_per_round)
+        self.faults = fault_policy(faults, aggregator, clients_per_round)
         self.screen = screen
         self.executor.check(clients_per_round + self.faults.oversample)
         self.wire = wire or Wire()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
 
+from lightning_fedsparse.aggregation import Aggregator
 from lightning_fedsparse.checkpointing import Checkpointing
 from lightning_fedsparse.checks import has_end, require_a, require_lightning, require_trainer_arguments
 from lightning_fedsparse.data import FederatedDataModule
@@ -17,11 +19,12 @@ from lightning_fedsparse.memories import ClientMemories
 from lightning_fedsparse.screening import Screen
 from lightning_fedsparse.wire import Wire
 
-__all__ = ["require_model_and_data", "require_parts", "trainer_arguments"]
+__all__ = ["fault_policy", "require_model_and_data", "require_parts", "trainer_arguments"]
 
 _PARTS: dict[str, tuple[type, str]] = {
     "trainer": (Mapping, '{"max_epochs": 2}'),
     "callbacks": (Sequence, "feddip() or [MagnitudePruning(...)]"),
+    "aggregator": (Aggregator, "MaskedMean()"),
     "executor": (Executor, "ProcessExecutor(workers=2)"),
     "faults": (FaultPolicy, "FaultPolicy(min_clients=2)"),
     "screen": (Screen, "Screen(norm=5.0)"),
@@ -62,6 +65,23 @@ def trainer_arguments(
     for callback in together:
         require_lightning(callback, pl.Callback, "a callback")
     return together, arguments
+
+
+def fault_policy(faults: FaultPolicy | None, aggregator: Aggregator | None, clients_per_round: int) -> FaultPolicy:
+    """The policy, which asks for as many updates as the aggregator needs.
+
+    Raises:
+        ValueError: If a round's cohort is smaller than what either asks for.
+    """
+    policy = faults or FaultPolicy()
+    policy.check(clients_per_round)
+    if aggregator is None:
+        return policy
+    if aggregator.fewest > clients_per_round:
+        raise ValueError(
+            f"expected at least {aggregator.fewest} clients per round for {aggregator}, got {clients_per_round}"
+        )
+    return replace(policy, min_clients=max(policy.min_clients, aggregator.fewest))
 
 
 def require_model_and_data(model: object, data: object) -> None:

@@ -125,11 +125,11 @@ class Krum(_Robust):
     """The mean, over holders, of the clients that are closest to many others; buffers by their median.
 
     Args:
-        hostile: f, how many clients of a round may be hostile; a round needs ``2 * hostile + 3`` uploads.
+        hostile: f, how many clients of a round may be hostile; a round needs ``2 * hostile + 3`` updates.
         keep: How many clients to take the mean of: 1, or more for multi-Krum.
 
     Raises:
-        ValueError: For numbers out of range; in a round, for too few uploads.
+        ValueError: For numbers out of range; for fewer updates than it needs.
     """
 
     def __init__(self, hostile: int, keep: int = 1) -> None:
@@ -138,18 +138,18 @@ class Krum(_Robust):
             raise ValueError(f"expected hostile of at least 0 and keep of at least 1, got {hostile} and {keep}")
         self.hostile = hostile
         self.keep = keep
+        self.fewest = max(2 * hostile + 3, keep)
 
     @override
     def _merged(self, template: Mapping[str, Tensor], updates: list[SparseUpdate]) -> dict[str, Tensor]:
-        needed = max(2 * self.hostile + 3, self.keep)
-        if len(updates) < needed:
-            raise ValueError(
-                f"expected at least {needed} uploads for Krum(hostile={self.hostile}, keep={self.keep}), got {len(updates)}: "
-                f"FaultPolicy(min_clients={needed}) says what becomes of a smaller round"
-            )
+        if len(updates) < self.fewest:
+            raise ValueError(f"expected at least {self.fewest} updates for {self}, got {len(updates)}")
         scores = krum_scores(template, updates, self.hostile)
         closest = scores.argsort(stable=True)[: self.keep].tolist()
         return _mean_of_changes(template, [updates[index] for index in closest], [1.0] * self.keep)
+
+    def __repr__(self) -> str:
+        return f"Krum(hostile={self.hostile}, keep={self.keep})"
 
 
 class ClippedMean(_Robust):

@@ -8,6 +8,8 @@ import torch
 
 from lightning_fedsparse.aggregation import MaskedMean
 from lightning_fedsparse.callbacks import fiarse, sparsyfed
+from lightning_fedsparse.failures import TooFewClientsError
+from lightning_fedsparse.faults import FaultPolicy
 from lightning_fedsparse.robust import ClippedMean, Krum, TrimmedMean, krum_scores
 from lightning_fedsparse.testing import Fault
 from lightning_fedsparse.update import SparseUpdate
@@ -172,7 +174,7 @@ def test_channels_last_stays():
         (lambda: ClippedMean("max"), "expected norm 'rms' or 'l2', got 'max'"),
         (
             lambda: merge(Krum(1), nested(ATTACK[:4])),
-            r"expected at least 5 uploads for Krum\(hostile=1, keep=1\), got 4",
+            r"expected at least 5 updates for Krum\(hostile=1, keep=1\), got 4",
         ),
         (lambda: merge(TrimmedMean(), []), "expected at least one update"),
         (lambda: TrimmedMean().result(), r"expected start\(template\) before"),
@@ -194,3 +196,13 @@ def test_one_client_that_explodes_does_not_carry_a_federation_away(method, rule)
 
     plan = always("c1", Fault.EXPLODES)
     assert largest(plan, aggregator=rule) < 2 * largest({}) < largest(plan) / 10
+
+
+def test_a_round_of_too_few_for_krum_is_one_that_the_policy_decides():
+    plan = {**always("c1", Fault.DROPPED), **always("c2", Fault.DROPPED)}
+    arguments = {"per_round": 6, "aggregator": Krum(1)}
+    with pytest.raises(TooFewClientsError, match="at least 5"):
+        run(plan, **arguments)
+    plan = {key: fault for key, fault in plan.items() if key[0] == 1}
+    loop = run(plan, faults=FaultPolicy(when_fewer="skip"), **arguments)
+    assert [record.skipped for record in loop.history[1:]] == [False, True, False]
