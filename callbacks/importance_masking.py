@@ -33,7 +33,6 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_fedsparse.callbacks.submodel import SubmodelCallback
-from lightning_fedsparse.effective import EffectiveWeights
 from lightning_fedsparse.prunable import prunable_parameters
 from lightning_fedsparse.rounds import ClientRound
 from lightning_fedsparse.server import ServerState
@@ -143,14 +142,7 @@ class ImportanceMasking(SubmodelCallback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        engine = EffectiveWeights.of(pl_module)
-        mine = engine.transform_of(self)
-        for other in engine.transforms:
-            if other.order < mine.order and other.changes_weights and (both := sorted(other.names & mine.names)):
-                raise ValueError(
-                    f"expected ImportanceMasking beside no reparametrization of the same weights, got one of {both[0]!r}: "
-                    "its threshold is for stored weights"
-                )
+        self.refuse_reparametrization(pl_module, self.thresholds.keys(), "its threshold is for stored weights")
 
     @override
     def refresh(self, pl_module: pl.LightningModule, transform: SubmodelTransform, step: int) -> None:

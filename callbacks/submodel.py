@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from typing import Any
 
@@ -84,6 +85,23 @@ class SubmodelCallback(EffectiveWeightCallback):
     @abstractmethod
     def refresh(self, pl_module: pl.LightningModule, transform: SubmodelTransform, step: int) -> None:
         """Take another submodel in a plain Trainer: set :attr:`masks` and the transform's; weights are as stored."""
+
+    def refuse_reparametrization(self, pl_module: pl.LightningModule, names: AbstractSet[str], why: str) -> None:
+        """Refuse other callbacks' transforms of these weights that come before the submodel; once the fit has started.
+
+        Raises:
+            ValueError: Saying why.
+        """
+        for other in EffectiveWeights.of(pl_module).transforms:
+            if (
+                other.order < SubmodelTransform.order
+                and other.changes_weights
+                and (both := sorted(other.names & names))
+            ):
+                raise ValueError(
+                    f"expected {type(self).__name__} beside no reparametrization of the same weights, got one of {both[0]!r}: "
+                    f"{why}"
+                )
 
     # -- in a Trainer ----------------------------------------------------------------------------------------------
 

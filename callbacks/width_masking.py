@@ -8,9 +8,9 @@ A client of capacity :math:`\gamma` holds :math:`n = \lceil rK \rceil` of the :m
   :math:`K` rounds every unit is held :math:`n` times. In the released code it moves the other way,
   :math:`-t, \dots, -t + n - 1 \bmod K` (``"rolling_backward"``).
 - ``"random"``: drawn anew per layer, client and round.
-- ``"largest"``: those whose weights, all that lead to a unit or read it, have the largest L2 norm in the server's model:
-  importance as in FIARSE, of units instead of weights, which its authors name as future work. Submodels are nested, and
-  gradients are those of the submodel: FIARSE's factor is none of it.
+- ``"largest"``: those whose weights, all that lead to a unit or read it, have the largest L2 norm in the server's model.
+  Like FIARSE it goes by magnitude, of units instead of weights, which its authors name as future work; unlike it every
+  layer keeps the same share, and gradients have no factor. Submodels are nested.
 
 A client does not hold the biases and the normalization of units that it lacks, nor the weights that lead to them or from
 them; all inputs of the first layer and all outputs of the last stay. The masked network computes what the small dense one
@@ -151,6 +151,12 @@ class WidthMasking(SubmodelCallback):
         if self.scale:
             layers = [pl_module.get_submodule(name.removesuffix(".weight")) for name in _narrowed(self.masks)]
             self._handles = [layer.register_forward_hook(_Scaler(width)) for layer in layers]
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if self.selection == "largest":
+            self.refuse_reparametrization(pl_module, self.masks.keys(), "units are ranked by their stored weights")
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

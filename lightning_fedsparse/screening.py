@@ -24,7 +24,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from lightning_fedsparse.update import SparseUpdate, as_delta
+from lightning_fedsparse.update import SparseUpdate
 
 __all__ = ["Change", "Screen", "Screening", "alignment", "change_of", "size_of", "too_large"]
 
@@ -48,11 +48,21 @@ def change_of(weights: Mapping[str, Tensor], update: SparseUpdate) -> dict[str, 
         >>> change_of({"w": torch.tensor([1.0, 2.0])}, update)
         {'w': (tensor([3.], dtype=torch.float64), tensor([1]))}
     """
-    delta = as_delta(weights, update)
-    return {
-        name: (value.reshape(-1), None if delta.masks[name] is None else delta.positions(name))
-        for name, value in delta.values.items()
-    }
+    changes: dict[str, tuple[Tensor, Tensor | None]] = {}
+    for name, value in update.values.items():
+        value = value.detach().reshape(-1).double()
+        where = None if update.masks[name] is None else update.positions(name)
+        if update.kind == "delta":
+            changes[name] = value, where
+            continue
+        old = weights[name].detach().reshape(-1).double()
+        if where is None:
+            changes[name] = value - old, None
+        elif update.absent == "zero":
+            changes[name] = (-old).index_add_(0, where, value), None
+        else:
+            changes[name] = value - old[where], where
+    return changes
 
 
 def size_of(change: Change) -> float:

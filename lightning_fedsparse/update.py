@@ -222,31 +222,37 @@ def positions_in(template: Mapping[str, Tensor], update: SparseUpdate) -> dict[s
 
 @torch.no_grad()
 def as_delta(base: Mapping[str, Tensor], update: SparseUpdate) -> SparseUpdate:
-    """What an update would change of weights, where it says something of them: a delta in float64, without buffers.
+    """What an update says that weights should change by: a delta in float64, without buffers.
+
+    It holds what the update holds where the rest is ``"unheld"``; else all weights, of which those that are not sent
+    become zero (``"zero"`` weights) or do not change.
 
     Args:
         base: The weights that the update was made against, by name.
-        update: An update of either kind; with absent ``"zero"`` weights it speaks of all of them.
+        update: An update of either kind.
 
     Example:
         >>> update = SparseUpdate({"w": torch.tensor([5.0])}, {"w": torch.tensor([False, True])}, absent="zero")
         >>> as_delta({"w": torch.tensor([1.0, 2.0])}, update).values
         {'w': tensor([-1.,  3.], dtype=torch.float64)}
     """
-    values = {name: value.detach().double() for name, value in update.values.items()}
-    masks = update.masks
-    if update.kind == "weights":
-        whole = update.absent == "zero"
-        for name, value in values.items():
-            old = base[name].detach().double()
-            if masks[name] is None:
-                values[name] = value.view(old.shape) - old
-            elif whole:
-                flat = old.neg().reshape(-1)
-                values[name] = flat.index_add_(0, update.positions(name), value).view(old.shape)
-            else:
-                values[name] = value - old.reshape(-1)[update.positions(name)]
-        masks = dict.fromkeys(values) if whole else masks
+    values = {}
+    for name, value in update.values.items():
+        old, value = base[name].detach().double(), value.detach().double()
+        where = None if update.masks[name] is None else update.positions(name)
+        if where is None:
+            values[name] = value.view(old.shape)
+            if update.kind == "weights":
+                values[name] = values[name] - old
+            continue
+        flat = old.reshape(-1)
+        change = value - flat[where] if update.kind == "weights" else value
+        if update.absent == "unheld":
+            values[name] = change
+            continue
+        others = -flat if update.kind == "weights" and update.absent == "zero" else torch.zeros_like(flat)
+        values[name] = others.index_copy_(0, where, change).view(old.shape)
+    masks = update.masks if update.absent == "unheld" else dict.fromkeys(values)
     return SparseUpdate(values, masks, update.num_examples, kind="delta", absent="unheld")
 
 

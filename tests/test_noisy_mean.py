@@ -38,7 +38,7 @@ def test_noise_by_the_number_of_holders(clients, deviation):
 
 def test_noise_of_submodels_within_each_other():
     held = [SIZE, SIZE // 2, SIZE // 4]
-    rule = NoisyMean(2.0, 1.5, seed=1)
+    rule = NoisyMean(2.0, 1.5, holders="masks", seed=1)
     new = merge(rule, [sparse(0.0, count) for count in held], {"w": torch.zeros(SIZE)})["w"]
     quarters = new.view(4, -1)
     assert quarters[0].std().item() == pytest.approx(3.0 / 3, rel=0.02)
@@ -55,7 +55,7 @@ def test_how_long_the_noise_is(size, length):
 
 def test_what_nobody_holds_keeps_its_bits():
     template = {"w": torch.full((6,), 0.1), "b": torch.full((2,), 0.3)}
-    new = merge(NoisyMean(1.0, 1.0, seed=0), [sparse(0.5, 2, 6), sparse(0.5, 3, 6)], template)
+    new = merge(NoisyMean(1.0, 1.0, holders="masks", seed=0), [sparse(0.5, 2, 6), sparse(0.5, 3, 6)], template)
     assert torch.equal(new["w"][3:], template["w"][3:])
     assert torch.equal(new["b"], template["b"])
     assert (new["w"][:3] != template["w"][:3]).all()
@@ -73,7 +73,8 @@ def test_changes_are_bounded_over_all_their_weights():
 def test_without_noise_and_far_bounds_it_is_the_masked_mean():
     updates = [sparse(0.5, 2, 6), sparse(-1.0, 3, 6)]
     template = {"w": torch.arange(6.0)}
-    assert torch.equal(merge(NoisyMean(1e6, 0.0), updates, template)["w"], merge(MaskedMean(), updates, template)["w"])
+    rule = NoisyMean(1e6, 0.0, holders="masks")
+    assert torch.equal(merge(rule, updates, template)["w"], merge(MaskedMean(), updates, template)["w"])
 
 
 @pytest.mark.parametrize(
@@ -82,10 +83,11 @@ def test_without_noise_and_far_bounds_it_is_the_masked_mean():
         ("zero", "weights", [3.0, -1.0]),  # pruned: from 1 to 0, and 5 - 2 = 3
         ("unchanged", "weights", [3.0, 0.0]),
         ("zero", "delta", [5.0, 0.0]),
+        ("unheld", "delta", [5.0, 0.0]),
     ],
 )
 def test_who_chose_what_to_send_gives_nothing_away(absent, kind, expected):
-    # two clients; the second sends nothing of the second weight, and counts there
+    # neither of two clients sends the second weight, and both count there
     template = {"w": torch.tensor([2.0, 1.0])}
     mask = torch.tensor([True, False])
     updates = [SparseUpdate({"w": torch.tensor([5.0])}, {"w": mask}, kind=kind, absent=absent) for _ in range(2)]
@@ -102,6 +104,15 @@ def test_the_same_seed_and_weights_repeat_and_nothing_else():
     assert torch.equal(merge(NoisyMean(1.0, 1.0, seed=3), updates, template)["w"], first)
     assert not torch.equal(merge(NoisyMean(1.0, 1.0, seed=4), updates, template)["w"], first)
     assert not torch.equal(merge(NoisyMean(1.0, 1.0, seed=3), updates, other)["w"] - 1, first)
+    noises = []
+    for bits in (5, 5 + 2**32, 5 + 2**100):  # a generator that took fewer bits of them could be guessed
+        rule = NoisyMean(1.0, 1.0)
+        rule.start(template)
+        rule._drawn = bits
+        rule.add(updates[0])
+        noises.append(rule.result()["w"])
+    assert not torch.equal(noises[0], noises[1])
+    assert not torch.equal(noises[0], noises[2])
     unseeded = NoisyMean(1.0, 1.0)
     assert not torch.equal(merge(unseeded, updates, template)["w"], merge(unseeded, updates, template)["w"])
 
@@ -127,6 +138,15 @@ def test_ranks_draw_the_same_noise_once(seed):
     [
         (lambda: NoisyMean(0.0, 1.0), "expected bound above 0, got 0.0"),
         (lambda: NoisyMean(math.inf, 1.0), "expected bound above 0, got inf"),
+        (lambda: NoisyMean(1.0, 1.0, holders="some"), "expected holders 'all' or 'masks', got 'some'"),
+        (
+            lambda: merge(NoisyMean(1.0, 1.0), [sparse(math.nan, 2, 2)], {"w": torch.zeros(2)}),
+            "expected changes with a finite norm, got nan",
+        ),
+        (
+            lambda: merge(NoisyMean(1.0, 1.0), [sparse(math.inf, 2, 2)], {"w": torch.zeros(2)}),
+            "expected changes with a finite norm, got inf",
+        ),
         (lambda: NoisyMean(1.0, -1.0), "expected noise of at least 0, got -1.0"),
         (
             lambda: merge(
@@ -134,7 +154,7 @@ def test_ranks_draw_the_same_noise_once(seed):
                 [sparse(0.0, 2, 2, buffers={"m": torch.zeros(1)})],
                 {"w": torch.zeros(2), "m": torch.zeros(1)},
             ),
-            r"expected updates without buffers, which noise does not cover, got 'm': .*buffers='local'",
+            r"expected updates without buffers, which noise does not cover, got 'm': take a network",
         ),
     ],
 )
@@ -145,9 +165,9 @@ def test_bad_input(make, message):
 
 def test_a_federation_repeats_and_goes_on_to_the_same_noise(tmp_path):
     arguments = {"per_round": 6, "buffers": "local"}
-    rule = NoisyMean(0.5, 0.1, seed=5)
+    rule = NoisyMean(0.5, 0.1, holders="masks", seed=5)
     expected = run({}, fiarse(), aggregator=rule, **arguments)
-    quiet = run({}, fiarse(), aggregator=NoisyMean(0.5, 0.0), **arguments)
+    quiet = run({}, fiarse(), aggregator=NoisyMean(0.5, 0.0, holders="masks"), **arguments)
     assert not torch.equal(*(loop.state.weights["first.weight"] for loop in (expected, quiet)))
     run({}, fiarse(), rounds=2, aggregator=rule, default_root_dir=tmp_path, **arguments)
     resumed = run({}, fiarse(), fit=False, aggregator=rule, default_root_dir=tmp_path, **arguments)

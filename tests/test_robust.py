@@ -41,7 +41,7 @@ def merge(rule, updates, template=None):
         (TrimmedMean(), [0.11, 0.19, 0.3, -4.3]),
         (TrimmedMean(0.25), [0.11, 0.19, 3.186667, -4.3]),
         (TrimmedMean(0.34), [0.11, 0.19, 0.3, -4.3]),
-        (Krum(hostile=1), [0.1, 0.2, 0.3, 0.4]),
+        (Krum(hostile=1), [0.1, 0.19, 0.3, -4.3]),  # the first client's where all hold, the median elsewhere
         (ClippedMean("l2"), [1.881981, -2.100043, 3.185822, -4.297161]),
     ],
 )
@@ -105,12 +105,49 @@ def test_uploads_of_weights_are_changes_of_what_the_server_holds(rule):
             "w": kept["w"].double() - template["w"][mask].double(),
             "b": kept["b"].double() - template["b"].double(),
         }
-        changed.append(SparseUpdate(deltas, masks, kind="delta", absent="unheld"))
+        changed.append(SparseUpdate(deltas, masks, kind="delta", absent="unchanged"))
     one, other = merge(rule, weights, template), merge(rule, changed, template)
     for name, old in template.items():
         assert torch.equal(one[name], other[name])
         assert one[name].dtype == old.dtype
         assert not torch.equal(one[name], old)
+
+
+def test_what_is_not_sent_but_known_counts():
+    one, other = torch.tensor([True, False]), torch.tensor([False, True])
+    updates = [SparseUpdate({"w": torch.tensor([1.0])}, {"w": one}, kind="delta") for _ in range(9)]
+    updates.append(SparseUpdate({"w": torch.tensor([1e9])}, {"w": other}, kind="delta"))
+    assert merge(TrimmedMean(), updates, {"w": torch.zeros(2)})["w"].tolist() == [1.0, 0.0]
+
+
+def test_krum_follows_nobody_where_few_could_compare():
+    generator = torch.Generator().manual_seed(0)
+    rows = [(torch.randn(100, generator=generator).double() + 0.3).tolist() for _ in range(9)]
+    for row in rows[:3]:
+        row += [0.5] * 50  # the larger clients
+    traitor = [0.3] * 100 + [1e6] * 50  # in the middle of what all see
+    updates = list(nested([*rows, traitor], size=150))
+    assert int(krum_scores({"w": torch.zeros(150)}, updates, 2).argmin()) == 9
+    new = merge(Krum(2), updates, {"w": torch.zeros(150)})["w"]
+    assert new[:100].tolist() == pytest.approx([0.3] * 100)
+    assert new[100:].tolist() == [0.5] * 50
+    # and so does a client that is right about one weight, and sends no other
+    one = list(nested([*[[1.0] * 4] * 6, [1.0]]))
+    assert merge(Krum(2), one)["w"].tolist() == [1.0] * 4
+
+
+def test_clients_that_share_nothing_are_infinitely_apart():
+    masks = [torch.arange(3) == index for index in range(3)]
+    updates = [SparseUpdate({"w": torch.tensor([9.0])}, {"w": mask}, kind="delta", absent="unheld") for mask in masks]
+    assert krum_scores({"w": torch.zeros(3)}, updates, 0).tolist() == [float("inf")] * 3
+
+
+def test_shares_of_many_holders_are_not_rounded_away():
+    # 0.42 * 150 is 62.99... in floating point; without 63 on either side 24 are left
+    values = [0.0] * 62 + [-200.0] + [1.0] * 24 + [200.0] + [2e3] * 62
+    updates = [SparseUpdate({"w": torch.tensor([value])}, {"w": None}, kind="delta") for value in values]
+    values[:63] = sorted(values[:63])
+    assert merge(TrimmedMean(0.42), updates, {"w": torch.zeros(1)})["w"].item() == pytest.approx(1.0)
 
 
 def test_what_a_client_prunes_counts_as_zero():
@@ -127,33 +164,37 @@ def test_what_nobody_holds_keeps_its_bits(rule):
     assert new[0] > 1
 
 
-@pytest.mark.parametrize("rule", [TrimmedMean(), Krum(0, keep=3), ClippedMean()])
+@pytest.mark.parametrize("rule", [TrimmedMean(), Krum(0), Krum(0, keep=3), ClippedMean()])
 def test_buffers_by_their_median(rule):
-    template = {
-        "w": torch.zeros(4),
-        "mean": torch.zeros(2).to(memory_format=torch.contiguous_format),
-        "count": torch.tensor(5),
-    }
-    buffers = [
-        {"mean": torch.tensor([1.0, value]), "count": torch.tensor(count)}
-        for value, count in [(2, 6), (3, 7), (900, 9)]
+    template = {"w": torch.zeros(4), "mean": torch.zeros(2), "count": torch.tensor(5)}
+    # the first, whose change is in the middle, lies
+    sent = [(1.0, 900.0, 99), (0.9, 2.0, 6), (1.1, 3.0, 7)]
+    updates = [
+        SparseUpdate(
+            {"w": torch.full((4,), change)},
+            {"w": None},
+            kind="delta",
+            buffers={"mean": torch.tensor([1.0, value]), "count": torch.tensor(count)},
+        )
+        for change, value, count in sent
     ]
-    updates = [SparseUpdate({"w": torch.ones(4)}, {"w": None}, kind="delta", buffers=buffer) for buffer in buffers]
     new = merge(rule, updates, template)
     assert new["mean"].tolist() == [1.0, 3.0]
     assert new["count"].tolist() == 7
     assert new["count"].dtype == torch.int64
 
 
+@pytest.mark.parametrize("infinity", [float("inf"), -float("inf"), float("nan")])
+def test_what_is_not_finite_in_a_buffer_counts_as_not_sent(infinity):
+    buffers = [torch.tensor([value]) for value in (1.0, 2.0, infinity, infinity)]
+    updates = [SparseUpdate({}, {}, buffers={"mean": buffer}) for buffer in buffers]
+    assert merge(TrimmedMean(), updates, {"mean": torch.zeros(1)})["mean"].tolist() == [1.5]
+
+
 def test_the_order_of_uploads_does_not_matter():
     updates = list(nested(ATTACK))
     for rule in (TrimmedMean(0.3), Krum(1)):
         assert torch.equal(merge(rule, updates)["w"], merge(rule, updates[::-1])["w"])
-
-
-def test_what_is_not_finite_counts_as_not_held():
-    rows = [[1.0], [2.0], [float("inf")], [float("nan")]]
-    assert merge(TrimmedMean(), nested(rows, 1), {"w": torch.zeros(1)})["w"].tolist() == [1.5]
 
 
 def test_channels_last_stays():
@@ -175,6 +216,19 @@ def test_channels_last_stays():
         (
             lambda: merge(Krum(1), nested(ATTACK[:4])),
             r"expected at least 5 updates for Krum\(hostile=1, keep=1\), got 4",
+        ),
+        (
+            lambda: run({}, fit=False, per_round=6, aggregator=Krum(0, keep=7)),
+            r"expected at least 7 clients per round for Krum\(hostile=0, keep=7\), got 6",
+        ),
+        (
+            lambda: krum_scores({"w": torch.zeros(4)}, list(nested(ATTACK[:3])), 1),
+            "expected at least 4 updates where 1 may be hostile, got 3",
+        ),
+        (lambda: merge(TrimmedMean(), nested([[1.0], [float("nan")]])), "expected finite values, got others in 'w'"),
+        (
+            lambda: merge(ClippedMean(), [*nested([[1.0]]), SparseUpdate({}, {}, kind="delta")]),
+            r"expected values of the same tensors in all updates of a round, got a difference \['w'\]",
         ),
         (lambda: merge(TrimmedMean(), []), "expected at least one update"),
         (lambda: TrimmedMean().result(), r"expected start\(template\) before"),
@@ -206,3 +260,12 @@ def test_a_round_of_too_few_for_krum_is_one_that_the_policy_decides():
     plan = {key: fault for key, fault in plan.items() if key[0] == 1}
     loop = run(plan, faults=FaultPolicy(when_fewer="skip"), **arguments)
     assert [record.skipped for record in loop.history[1:]] == [False, True, False]
+
+
+def test_clipping_makes_what_clients_pruned_dense_and_the_other_rules_do_not():
+    def sparsity(rule):
+        return run({}, sparsyfed(0.5), per_round=6, aggregator=rule).history[-1].sparsity
+
+    assert sparsity(ClippedMean()) < 0.1
+    for rule in (None, TrimmedMean(), Krum(1)):
+        assert sparsity(rule) > 0.4

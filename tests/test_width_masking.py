@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_fedsparse import FederatedDataModule, FederatedLoop, SparseUpdate, load_folded
 from lightning_fedsparse.aggregation import MaskedMean
-from lightning_fedsparse.callbacks import SparsityCallback, TopKAfterTraining, WidthMasking
+from lightning_fedsparse.callbacks import Powerpropagation, SparsityCallback, TopKAfterTraining, WidthMasking
 from lightning_fedsparse.capacities import CapacityList
 from lightning_fedsparse.evaluation import Evaluation, evaluate
 from lightning_fedsparse.failures import TooFewClientsError
@@ -245,18 +245,36 @@ def test_units_of_the_largest_weights_are_the_servers_and_nested(record: Record)
     assert units_of(weights["first.weight"] != 0) == largest_units(model.state_dict(), 8)
 
 
+class Shrinking(Wide):
+    """What is held shrinks, and other units are soon larger."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.01, weight_decay=5.0)
+
+
 def test_units_of_the_largest_weights_in_a_plain_trainer() -> None:
     torch.manual_seed(1)
-    module = Wide()
+    module = Shrinking()
     masking = WidthMasking(1 / 16, "largest", refresh_every=10)
     watch = Watch(masking)
-    start = module.state_dict()
-    expected = [largest_units(start, 4)]
+    expected = [largest_units(module.state_dict(), 4)]
     with quiet_lightning():
         trainer(masking, watch, max_epochs=3).fit(module, examples())
     seen = [units_of(masks["first.weight"]) for _, masks in watch.rows]
     expected += [largest_units(watch.rows[step][0], 4) for step in (9, 19)]
     assert seen == [units for units in expected for _ in range(10)]
+    assert len({tuple(units) for units in expected}) == 3
+
+
+def test_units_of_the_largest_weights_beside_powers_are_refused() -> None:
+    masking = WidthMasking(1 / 4, "largest")
+    with (
+        quiet_lightning(),
+        pytest.raises(ValueError, match="WidthMasking beside no reparametrization .*: units are ranked"),
+    ):
+        trainer(Powerpropagation(2.0), masking, max_epochs=1).fit(Wide(), examples())
+    with quiet_lightning():
+        trainer(Powerpropagation(2.0), WidthMasking(1 / 4), max_epochs=1).fit(Wide(), examples())
 
 
 def test_what_nobody_holds_keeps_its_bits() -> None:
