@@ -69,11 +69,11 @@ class WeightedSum:
         self.weight += weight
 
     def _term(self, values: Tensor, weight: int) -> Tensor:
-        # of a float32 value and a count the product is exact in float64: there all paths agree to the bit
+        # in float64 the product is rounded before it is added, on every path, so that paths agree to the bit
         return values.to(self._dtype, copy=True).mul_(weight)
 
     def _add_everywhere(self, values: Tensor, weight: int) -> None:
-        if values.dtype == self._dtype:
+        if values.dtype == self._dtype == torch.float32:
             self.sums.add_(values, alpha=weight)
             return
         # a part at a time, in memory that stays in cache: half the time
