@@ -8,7 +8,7 @@ A client of capacity :math:`\gamma` holds :math:`n = \lceil rK \rceil` of the :m
   :math:`K` rounds every unit is held :math:`n` times. In the released code it moves the other way,
   :math:`-t, \dots, -t + n - 1 \bmod K` (``"rolling_backward"``).
 - ``"random"``: drawn anew per layer, client and round.
-- ``"largest"``: those whose weights, all that lead to a unit or read it, have the largest L2 norm in the server's model.
+- ``"largest"``: those whose weights, all that lead to a unit or read it, have the largest norm in the server's model.
   Like FIARSE it goes by magnitude, of units instead of weights, which its authors name as future work; unlike it every
   layer keeps the same share, and gradients have no factor. Submodels are nested.
 
@@ -64,6 +64,7 @@ class WidthMasking(SubmodelCallback):
             capacity of their own.
         selection: Which units: the first (``"static"``), a moving window (``"rolling"``, ``"rolling_backward"``), drawn
             ones (``"random"``), or those of the largest weights (``"largest"``).
+        norm: Of a unit's weights under ``"largest"``: ``"l2"`` over all of them, or their ``"mean"`` magnitude, every layer alike.
         scale: Divide the output of every layer that lacks units by the width in training, before a normalization or a
             nonlinearity, so that the next layer sees sums of about the same size at all widths (HeteroFL's scaler). For
             the whole model: a submodel is evaluated without, and biases then weigh more than they did in training.
@@ -80,6 +81,7 @@ class WidthMasking(SubmodelCallback):
         capacity: float = 1.0,
         selection: Selection = "static",
         *,
+        norm: Literal["l2", "mean"] = "l2",
         scale: bool = False,
         refresh_every: int = 100,
         fold: bool = True,
@@ -89,7 +91,10 @@ class WidthMasking(SubmodelCallback):
             raise ValueError(
                 f"expected selection to be one of {', '.join(map(repr, get_args(Selection)))}, got {selection!r}"
             )
+        if norm not in ("l2", "mean"):
+            raise ValueError(f"expected norm to be 'l2' or 'mean', got {norm!r}")
         self.selection = selection
+        self.norm = norm
         self.scale = scale
         self._groups: list[ChannelGroup] = []
         self._round = 0
@@ -108,7 +113,9 @@ class WidthMasking(SubmodelCallback):
             generator = torch.Generator().manual_seed(derive_seed(self._seed, "units", self._round, client_id))
             orders = [torch.randperm(group.size, generator=generator) for group in self._groups]
         elif self.selection == "largest":
-            orders = [unit_norms(group, weights).argsort(descending=True, stable=True) for group in self._groups]
+            orders = [
+                unit_norms(group, weights, self.norm).argsort(descending=True, stable=True) for group in self._groups
+            ]
         else:
             start = {"static": 0, "rolling": self._round, "rolling_backward": -self._round}[self.selection]
             orders = [window(group.size, 1.0, start) for group in self._groups]

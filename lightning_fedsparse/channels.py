@@ -18,7 +18,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch_pruning as tp
@@ -107,17 +107,19 @@ def window(size: int, width: float, start: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def unit_norms(group: ChannelGroup, weights: Mapping[str, Tensor]) -> Tensor:
-    """L2 norms of all weights that go with each unit: those that lead to it and those that read it.
+def unit_norms(group: ChannelGroup, weights: Mapping[str, Tensor], norm: Literal["l2", "mean"] = "l2") -> Tensor:
+    """How large the weights are that go with each unit: those that lead to it and those that read it.
 
     Biases and normalization are left out, for they are of another size than weights.
 
     Args:
         group: The units.
         weights: Parameters by name, on one device.
+        norm: ``"l2"`` over all of a unit's weights, or the ``"mean"`` magnitude in each layer, averaged over the layers, so that
+            one with many weights per unit counts no more than others.
 
     Returns:
-        Float64 of shape ``(group.size,)``.
+        Float64 of shape ``(group.size,)``, on the CPU.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 1))
@@ -125,12 +127,16 @@ def unit_norms(group: ChannelGroup, weights: Mapping[str, Tensor]) -> Tensor:
         >>> unit_norms(group, {"0.weight": torch.tensor([[3.0], [0.0]]), "1.weight": torch.tensor([[4.0, 1.0]])})
         tensor([5., 1.], dtype=torch.float64)
     """
-    squares = torch.zeros(group.size + 1, dtype=torch.float64)  # the last is of positions that are none of the group's
-    for axis in group.axes:
-        if len(axis.shape) > 1:
-            along = weights[axis.name].movedim(axis.dim, 0).flatten(1).double()
-            squares.index_add_(0, axis.units % (group.size + 1), along.square().sum(1).to(squares.device))
-    return squares[:-1].sqrt()
+    axes = [axis for axis in group.axes if len(axis.shape) > 1]
+    sizes = torch.zeros(group.size, dtype=torch.float64)
+    for axis in axes:
+        along = weights[axis.name].movedim(axis.dim, 0).flatten(1).double()
+        mine = axis.units >= 0  # the others are units of another group
+        parts = (along.square() if norm == "l2" else along.abs()).sum(1).cpu()[mine]
+        sums = torch.zeros_like(sizes).index_add_(0, axis.units[mine], parts)
+        counts = torch.bincount(axis.units[mine], minlength=group.size) * along.shape[1]
+        sizes += sums if norm == "l2" else sums / counts.clamp(min=1) / len(axes)
+    return sizes.sqrt() if norm == "l2" else sizes
 
 
 def width_masks(groups: Sequence[ChannelGroup], kept: Iterable[Tensor]) -> dict[str, Tensor]:

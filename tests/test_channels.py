@@ -115,10 +115,12 @@ def test_units_by_the_norm_of_what_leads_to_them_and_reads_them(perceptron: nn.S
     (group,) = channel_groups(perceptron, torch.zeros(1, 3, dtype=torch.float64))
     norms = unit_norms(group, dict(perceptron.named_parameters()))
     assert norms.tolist() == pytest.approx([0.655744, 0.059161, 1.00995, 0.331662], abs=1e-6)
+    means = unit_norms(group, dict(perceptron.named_parameters()), "mean")
+    assert means.tolist() == pytest.approx([0.258333, 0.020833, 0.441667, 0.141667], abs=1e-6)
     kept = norms.argsort(descending=True)[:2].sort().values
     assert kept.tolist() == [0, 2]
     factors = importance_factor(norms[kept], float(norms[kept].min()))
-    assert factors.tolist() == pytest.approx([1.5, 1.47739], abs=1e-5)
+    assert factors.tolist() == pytest.approx([1.5, 1.47739], abs=1e-6)
 
 
 def test_the_two_largest_units_masked_sliced_and_put_back(perceptron: nn.Sequential) -> None:

@@ -371,6 +371,7 @@ def test_an_image_classifier_with_the_shape_of_its_images() -> None:
     [
         ({"capacity": 0.0}, r"expected a capacity in \(0, 1\], got 0.0 for WidthMasking"),
         ({"selection": "first"}, "expected selection to be one of 'static', 'rolling', .*, got 'first'"),
+        ({"norm": "max"}, "expected norm to be 'l2' or 'mean', got 'max'"),
         ({"refresh_every": 0}, "expected a period of at least 1, got refresh_every=0"),
     ],
 )
